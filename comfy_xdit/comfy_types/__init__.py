@@ -1,0 +1,36 @@
+"""The MODEL, CLIP and VAE that ComfyUI sees. The only place of the host side that imports ComfyUI.
+
+`comfy_xdit.headless` offers the same functions for running without ComfyUI, and nodes.py uses
+whichever surroundings it finds. The shared names: model_of, clip_of, vae_of, remote_of,
+sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
+diffusion_models, diffusion_model_path, pipelines, pipeline_path.
+"""
+
+from comfy_xdit.comfy_types.clip import clip_of
+from comfy_xdit.comfy_types.files import (
+    diffusion_model_path,
+    diffusion_models,
+    pipeline_path,
+    pipelines,
+)
+from comfy_xdit.comfy_types.interruption import interrupted, raise_if_interrupted
+from comfy_xdit.comfy_types.model import model_of, remote_of
+from comfy_xdit.comfy_types.sampling import progress, sample_request, samplers, schedulers
+from comfy_xdit.comfy_types.vae import vae_of
+
+__all__ = [
+    "clip_of",
+    "diffusion_model_path",
+    "diffusion_models",
+    "interrupted",
+    "model_of",
+    "pipeline_path",
+    "pipelines",
+    "progress",
+    "raise_if_interrupted",
+    "remote_of",
+    "sample_request",
+    "samplers",
+    "schedulers",
+    "vae_of",
+]

@@ -1,0 +1,129 @@
+"""CLIP: the stock class over text encoders that are in the ranks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sd
+import torch
+
+from comfy_xdit.comfy_types.interruption import interrupted, interruptible
+from comfy_xdit.comfy_types.model import HANDLE
+from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.prompt import parse_weights
+from comfy_xdit.remote import RemoteTextEncoders
+
+Prompts = dict[str, list[list[tuple[str, float]]]]
+# Stock nodes ask for these by name, whether the model has such an encoder or not.
+ENCODERS = ("l", "g", "t5xxl")
+_EMBEDDING = re.compile(r"\bembedding:\S+")
+
+
+def clip_of(remote: RemoteTextEncoders) -> comfy.sd.CLIP:
+    """A CLIP for every stock text node, whose encoders are `remote`.
+
+    Stock and not a subclass: ComfyUI clones a CLIP into the stock class, so everything of ours is
+    in the parts that a clone keeps.
+    """
+    management = comfy.model_management
+    encoders = TextEncoders(remote)
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = encoders
+    clip.tokenizer = PromptReader()
+    clip.patcher = RemotePatcher(
+        encoders, management.text_encoder_device(), management.text_encoder_offload_device()
+    )
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    clip.patcher.is_clip = True
+    clip.apply_hooks_to_conds = None
+    clip.layer_idx = None
+    clip.use_clip_schedule = False
+    clip.tokenizer_options = {}
+    return clip
+
+
+class PromptReader:
+    """Stands where a tokenizer stands: reads prompt weights; the tokens are made in the ranks."""
+
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, tokenizer_options: Any = None, **_: Any
+    ) -> dict[str, list[list[tuple[Any, ...]]]]:
+        """Per encoder one chunk of (text, weight), or (text, weight, piece number).
+
+        Raises:
+            InvalidInput: the prompt or the options ask for what the ranks cannot do.
+        """
+        if tokenizer_options:
+            raise InvalidInput(
+                f"tokenizer options ({', '.join(tokenizer_options)}) are not in this version of comfy_xdit; "
+                "remove the node that sets them."
+            )
+        if embedding := _EMBEDDING.search(text):
+            raise InvalidInput(
+                f"{embedding.group()!r}: textual inversion embeddings are not in this version of comfy_xdit; "
+                "take it out of the prompt, or use a stock CLIP."
+            )
+        pieces = parse_weights(text)
+        if return_word_ids:
+            pieces = [(*piece, number) for number, piece in enumerate(pieces, 1)]
+        return {name: [list(pieces)] for name in ENCODERS}
+
+    def state_dict(self) -> NoReturn:
+        """Refused: the tokenizers are in the ranks."""
+        _refuse_saving()
+
+
+class TextEncoders(torch.nn.Module):
+    """Stands where the text encoder model stands."""
+
+    def __init__(self, remote: RemoteTextEncoders):
+        super().__init__()
+        setattr(self, HANDLE, remote)
+
+    def reset_clip_options(self) -> None:
+        """No option is ever set."""
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        """Take the options a stock CLIP sets.
+
+        Raises:
+            InvalidInput: one of them changes what is encoded.
+        """
+        if options.get("layer") is not None:
+            raise InvalidInput(
+                f"CLIPSetLastLayer (layer {options['layer']}) is not in this version; remove it."
+            )
+        if options.get("projected_pooled") is False:
+            raise InvalidInput("an unprojected pooled output is not in this version of comfy_xdit.")
+
+    def encode_token_weights(self, tokens: Prompts) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What PromptReader made, to context (1, T, D) and pooled (1, P)."""
+        remote = getattr(self, HANDLE)
+        prompts = {
+            name: [[(piece[0], piece[1]) for piece in chunk] for chunk in tokens[name]]
+            for name in remote.info["encoders"]
+            if name in tokens
+        }
+        with interruptible():
+            context, pooled = remote.encode(prompts, interrupted=interrupted)
+        device = comfy.model_management.intermediate_device()
+        return context.to(device), None if pooled is None else pooled.to(device)
+
+    def memory_estimation_function(self, *_: Any, **__: Any) -> int:
+        """Bytes that encoding needs on the host."""
+        return 0
+
+    def load_sd(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: the weights are in the ranks."""
+        _refuse_saving()
+
+
+def _refuse_saving() -> NoReturn:
+    raise InvalidInput(
+        "the text encoders of an xDiT CLIP are in the ranks, so it cannot be saved or merged; "
+        "load it with a stock loader node for that."
+    )

@@ -1,0 +1,60 @@
+"""The models a person can choose: ComfyUI's folders, and the demo that comes with the pack."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from comfy_xdit.environment import ROOT
+from comfy_xdit.errors import InvalidInput
+
+DEMO = ROOT / "assets" / "demo"
+DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
+DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+INDEX = "model_index.json"
+
+
+def diffusion_models() -> list[str]:
+    """Names for a widget: the files in models/diffusion_models, then the demo."""
+    return folder_paths.get_filename_list("diffusion_models") + _present(DEMO_DIFFUSION_MODELS)
+
+
+def diffusion_model_path(name: str) -> Path:
+    """The file behind a name of `diffusion_models`.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    path = DEMO_DIFFUSION_MODELS.get(name) or folder_paths.get_full_path("diffusion_models", name)
+    if path is None or not os.path.isfile(path):
+        raise InvalidInput(f"no diffusion model {name!r}; put it into models/diffusion_models and press R.")
+    return Path(path)
+
+
+def pipelines() -> list[str]:
+    """Names for a widget: the folders with a model_index.json in models/diffusers, then the demo."""
+    names = set()
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for folder, _, files in os.walk(root, followlinks=True):
+            if INDEX in files:
+                names.add(os.path.relpath(folder, root))
+    return sorted(names) + _present(DEMO_PIPELINES)
+
+
+def pipeline_path(name: str) -> Path:
+    """The folder behind a name of `pipelines`.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    candidates = [Path(root) / name for root in folder_paths.get_folder_paths("diffusers")]
+    for path in [DEMO_PIPELINES.get(name), *candidates]:
+        if path is not None and (path / INDEX).is_file():
+            return path
+    raise InvalidInput(f"no pipeline {name!r}; put its folder into models/diffusers and press R.")
+
+
+def _present(demo: dict[str, Path]) -> list[str]:
+    return [name for name, path in demo.items() if path.exists()]

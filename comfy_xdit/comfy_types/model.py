@@ -1,0 +1,137 @@
+"""MODEL: the twin in a patcher, with its innermost call done by the ranks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
+from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.twin import build_twin
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.remote import Remote, RemoteModel
+
+HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
+# What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
+# around the transformer's call, on the host, where it is.
+HOST_OPTIONS = {
+    "callbacks",
+    "cond_or_uncond",
+    "context_window",
+    "easycache",
+    "lazycache",
+    "multigpu_thread_device",
+    "prefetch_dynamic_vbars",
+    "sample_sigmas",
+    "sigmas",
+    "uuids",
+    "wrappers",
+}
+
+
+def model_of(remote: RemoteModel) -> RemotePatcher:
+    """A MODEL for every stock node, whose transformer is `remote`.
+
+    Raises:
+        InvalidInput: this ComfyUI does not know the model's family.
+    """
+    twin = build_twin(remote.spec.path, compute_dtype(remote))
+    setattr(twin, HANDLE, remote)
+    _send_calls_to(remote, twin.diffusion_model)
+    management = comfy.model_management
+    return RemotePatcher(twin, management.get_torch_device(), management.unet_offload_device())
+
+
+def remote_of(thing: Any) -> Remote:
+    """The handle behind a MODEL, CLIP or VAE.
+
+    Raises:
+        InvalidInput: it is a stock one.
+    """
+    for owner, kind in (("model", "MODEL"), ("cond_stage_model", "CLIP"), ("first_stage_model", "VAE")):
+        if hasattr(thing, owner):
+            remote = getattr(thing, HANDLE, None) or getattr(getattr(thing, owner), HANDLE, None)
+            if remote is not None:
+                return remote
+            raise InvalidInput(
+                f"this node needs a {kind} from 'xDiT Load Pipeline' or another xDiT loader; "
+                f"this one is a stock {kind}. Use the stock node with it, or load it with an xDiT loader."
+            )
+    raise InvalidInput(f"{type(thing).__name__} is neither a MODEL, a CLIP nor a VAE; connect one of them.")
+
+
+def compute_dtype(remote: RemoteModel) -> torch.dtype:
+    """What the ranks compute in, as they report it; fp32 until they have loaded."""
+    name = str(remote.info.get("dtype", "float32")).removeprefix("torch.")
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(name) or getattr(
+        torch, name
+    )
+
+
+def check_transformer_options(options: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for anything that would have to act inside the transformer.
+
+    Everything unknown is refused: what an entry does is its reader's business, and the readers
+    are inside the transformer.
+    """
+    for name, value in options.items():
+        if name in HOST_OPTIONS or not _says_something(value):
+            continue
+        inner = f" ({', '.join(map(str, value))})" if isinstance(value, Mapping) else ""
+        raise InvalidInput(
+            f"a node patches the inside of the transformer (transformer_options {name!r}{inner}), which "
+            "cannot reach the ranks. Remove that node, or use the stock loader instead of the xDiT one."
+        )
+
+
+def _says_something(value: Any) -> bool:
+    return not (
+        value is None or value is False or (isinstance(value, (Mapping, list, tuple)) and len(value) == 0)
+    )
+
+
+def _send_calls_to(remote: RemoteModel, transformer: torch.nn.Module) -> None:
+    """Replace the innermost method of `transformer`, so that ComfyUI's wrappers around it stay."""
+    name = "_forward" if hasattr(transformer, "_forward") else "forward"
+    signature = inspect.signature(getattr(transformer, name))
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x, timestep, conditions = _arguments(signature, args, kwargs)
+        raise_if_interrupted()
+        with interruptible():
+            out = remote.denoise(x, timestep, conditions, interrupted=interrupted)
+        return out.to(device=x.device, dtype=x.dtype)
+
+    # An instance attribute: nn.Module.__setattr__ would do the same, more slowly.
+    object.__setattr__(transformer, name, call)
+
+
+def _arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """x, timestep and the conditions of one call, under the names the transformer's class gives them.
+
+    Raises:
+        InvalidInput: something in the call cannot reach the ranks.
+    """
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    x, timestep = (given.pop(name) for name in list(signature.parameters)[:2])
+    check_transformer_options(given.pop("transformer_options", None) or {})
+    if given.pop("control", None) is not None:
+        raise InvalidInput(
+            "ControlNet is not in this version of comfy_xdit. Remove the ControlNet node, "
+            "or use the stock loader instead of the xDiT one."
+        )
+    if not isinstance(x, torch.Tensor):
+        raise InvalidInput(
+            f"this family hands {len(x)} latents at once to its transformer, which is not in this version "
+            "of comfy_xdit. Use the stock loader."
+        )
+    return x, timestep, {name: value for name, value in given.items() if value is not None}

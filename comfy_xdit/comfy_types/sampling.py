@@ -1,0 +1,197 @@
+"""XDiTSampler: KSampler's inputs to one Sample message, with KSampler's own noise and schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.cli_args
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+
+from comfy_xdit.comfy_types.model import check_transformer_options, remote_of
+from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.messages import Progress, Sample
+
+SAMPLERS_IN_RANKS = ("euler", "heun", "dpmpp_2m")
+USE_KSAMPLER = "Use the stock KSampler with this MODEL for that."
+# Entries of a conditioning that change when, where or how strongly it counts.
+SPECIAL_CONDITIONS = {
+    "area": "an area",
+    "mask": "a mask",
+    "strength": "a strength",
+    "hooks": "hooks",
+    "control": "a ControlNet",
+    "gligen": "GLIGEN boxes",
+    "start_percent": "a range of steps",
+    "end_percent": "a range of steps",
+    "clip_start_percent": "a range of steps",
+    "clip_end_percent": "a range of steps",
+    "additional_models": "a model of its own",
+}
+
+
+def samplers() -> list[str]:
+    """Names for the sampler widget."""
+    return list(comfy.samplers.KSampler.SAMPLERS)
+
+
+def schedulers() -> list[str]:
+    """Names for the scheduler widget."""
+    return list(comfy.samplers.KSampler.SCHEDULERS)
+
+
+def sample_request(
+    model: RemotePatcher,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    positive: list[Any],
+    negative: list[Any],
+    latent: dict[str, Any],
+    denoise: float,
+) -> tuple[Sample, Callable[[torch.Tensor], torch.Tensor]]:
+    """KSampler's inputs as one message to the ranks.
+
+    Returns:
+        The message, and what turns the answer into the samples of a LATENT: (B, C, H, W), unscaled.
+
+    Raises:
+        InvalidInput: something in the inputs only a stock KSampler can do.
+    """
+    remote = remote_of(model)
+    _check_model(model)
+    if sampler_name not in SAMPLERS_IN_RANKS:
+        raise InvalidInput(
+            f"sampler {sampler_name!r} does not run in the ranks; choose one of "
+            f"{', '.join(SAMPLERS_IN_RANKS)}, or use the stock KSampler with this MODEL."
+        )
+    schedule = comfy.samplers.KSampler(
+        model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
+    )
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    mask = latent.get("noise_mask")
+    if mask is not None:
+        mask = comfy.sampler_helpers.prepare_mask(mask, noise.shape, samples.device)
+    if torch.count_nonzero(samples) > 0:  # as stock: an empty latent stays zero
+        samples = model.model.process_latent_in(samples)
+
+    def conditions(conditioning: list[Any], name: str) -> dict[str, Any]:
+        return _conditions(model, conditioning, name, noise, samples, mask, seed)
+
+    guided = not math.isclose(cfg, 1.0)
+    request = Sample(
+        spec=remote.spec,
+        sampler=sampler_name,
+        sigmas=schedule.sigmas,
+        latent=samples,
+        noise=noise,
+        cfg=cfg,
+        positive=conditions(positive, "positive"),
+        negative=conditions(negative, "negative") if guided else None,
+        multiplier=_multiplier(model),
+        mask=mask,
+        previews=comfy.cli_args.args.preview_method != latent_preview.LatentPreviewMethod.NoPreviews,
+    )
+    return request, lambda answer: _finish(model, answer)
+
+
+def progress(model: RemotePatcher, steps: int) -> Callable[[Progress], None]:
+    """What shows the ranks' progress on the node, with the previews ComfyUI is set to."""
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    bar = comfy.utils.ProgressBar(steps)
+
+    def show(done: Progress) -> None:
+        picture = None
+        if previewer is not None and done.preview is not None:
+            x0 = done.preview.to(model.load_device)
+            picture = previewer.decode_latent_to_preview_image("JPEG", x0)
+        bar.update_absolute(done.step, done.steps, picture)
+
+    return show
+
+
+def _finish(model: RemotePatcher, answer: torch.Tensor) -> torch.Tensor:
+    unscaled = model.model.process_latent_out(answer.to(torch.float32))
+    return unscaled.to(comfy.model_management.intermediate_device())
+
+
+def _check_model(model: RemotePatcher) -> None:
+    """Raise InvalidInput for patches that act in the host's sampling loop, which does not run."""
+    model.refuse_what_stays_here()
+    options = dict(model.model_options)
+    check_transformer_options(options.pop("transformer_options", {}))
+    present = [name for name, value in options.items() if value]
+    present += [kind for kind, byname in model.wrappers.items() if any(byname.values())]
+    present += [name for name in model.object_patches if name != "model_sampling"]
+    if present:
+        raise InvalidInput(
+            f"a node patches the sampling of this MODEL ({', '.join(map(str, present))}), which the "
+            f"ranks' own loop would ignore. {USE_KSAMPLER}"
+        )
+
+
+def _multiplier(model: RemotePatcher) -> float:
+    """What turns sigma into the transformer's timestep.
+
+    Raises:
+        InvalidInput: the family, or a node, samples in a way the ranks do not.
+    """
+    sampling = model.get_model_object("model_sampling")
+    one = torch.tensor([1.0])
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        whole, half = (float(sampling.timestep(part)) for part in (one, one / 2))
+        if math.isclose(whole, 2 * half):
+            return whole
+    raise InvalidInput(f"the ranks' loop samples flow models only; this MODEL is none. {USE_KSAMPLER}")
+
+
+def _conditions(
+    model: RemotePatcher,
+    conditioning: list[Any],
+    name: str,
+    noise: torch.Tensor,
+    latent: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Keyword arguments of the transformer, one row per picture, as ComfyUI's own model makes them."""
+    if len(conditioning) != 1:
+        raise InvalidInput(
+            f"{name} has {len(conditioning)} conditionings; the ranks take one. {USE_KSAMPLER}"
+        )
+    for entry, words in SPECIAL_CONDITIONS.items():
+        if conditioning[0][1].get(entry) is not None:
+            raise InvalidInput(
+                f"{name} has {words} ({entry}), which the ranks' loop does not know. {USE_KSAMPLER}"
+            )
+    (encoded,) = comfy.samplers.encode_model_conds(
+        model.model.extra_conds,
+        comfy.sampler_helpers.convert_cond(conditioning),
+        noise,
+        noise.device,
+        name,
+        latent_image=latent,
+        denoise_mask=mask,
+        seed=seed,
+    )
+    arguments = {
+        key: condition.process_cond(batch_size=noise.shape[0], device=noise.device, area=None).cond
+        for key, condition in encoded["model_conds"].items()
+    }
+    if "c_concat" in arguments:
+        raise InvalidInput(f"an inpainting model's extra channels are not in this version. {USE_KSAMPLER}")
+    if "c_crossattn" in arguments:
+        arguments["context"] = arguments.pop("c_crossattn")
+    return arguments

@@ -1,0 +1,141 @@
+"""The twin: ComfyUI's own model class over meta tensors, which has every shape and no weight.
+
+It gives the latent format, the noise schedule, the extra conditioning and the LoRA keys of a model
+whose weights are in the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.ops
+import comfy.utils
+import torch
+
+from comfy_xdit.errors import InvalidInput
+
+META = torch.device("meta")
+# Names of safetensors headers. What is not here (packed formats) has bytes for elements.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+def build_twin(path: str | Path, dtype: torch.dtype) -> Any:
+    """ComfyUI's BaseModel for the transformer at `path`, on the meta device.
+
+    Args:
+        path: a safetensors file, a diffusers transformer folder, or a pipeline that has one.
+        dtype: what ComfyUI casts the transformer's inputs to.
+
+    Raises:
+        InvalidInput: this ComfyUI does not know the family, or the file is no safetensors file.
+    """
+    shapes = transformer_shapes(Path(path))
+    config = _detect(shapes)
+    if config is None:
+        raise InvalidInput(
+            f"this ComfyUI does not recognise the diffusion model in {path}; "
+            "update ComfyUI, or choose a model of a family it knows."
+        )
+    config.set_inference_dtype(dtype, None)
+    config.custom_operations = _twin_operations()
+    twin = config.get_model(shapes, "", device=META)
+    # Shared by all clones. Nothing of this model needs the host's memory, and a host without any
+    # free still gets positive and negative in one call.
+    twin.memory_required = lambda *_, **__: 0
+    twin.state_dict_for_saving = _refuse_saving
+    return twin
+
+
+def transformer_shapes(path: Path) -> dict[str, torch.Tensor]:
+    """Meta tensors by name, of a safetensors file or of the shards in a diffusers folder."""
+    if path.is_file():
+        return read_header(path)
+    folder = path / "transformer" if (path / "model_index.json").is_file() else path
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InvalidInput(
+            f"no .safetensors file in {folder}; choose a diffusers folder with a transformer in safetensors."
+        )
+    shapes: dict[str, torch.Tensor] = {}
+    for file in files:
+        shapes |= read_header(file)
+    return shapes
+
+
+def read_header(file: Path) -> dict[str, torch.Tensor]:
+    """Meta tensors by name; reads the header of a safetensors file and none of its weights.
+
+    Raises:
+        InvalidInput: it is no safetensors file.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+        text = stream.read(length) if length <= MAX_HEADER_BYTES else b""
+    if not text.startswith(b"{"):
+        raise InvalidInput(f"{file} is not a safetensors file; convert it to safetensors first.")
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    return {
+        name: torch.empty(entry["shape"], dtype=DTYPES.get(entry["dtype"], torch.uint8), device=META)
+        for name, entry in header.items()
+    }
+
+
+def _detect(shapes: dict[str, torch.Tensor]) -> Any:
+    """ComfyUI's model config for these names and shapes, in its own spelling or diffusers'."""
+    detection = comfy.model_detection
+    prefix = detection.unet_prefix_from_state_dict(shapes)
+    inner = comfy.utils.state_dict_prefix_replace(dict(shapes), {prefix: ""}, filter_keys=True) or dict(
+        shapes
+    )
+    config = detection.model_config_from_unet(inner, "")
+    if config is None:
+        converted = detection.convert_diffusers_mmdit(inner, "")
+        config = detection.model_config_from_unet(converted, "") if converted else None
+    return config
+
+
+def _twin_operations() -> type:
+    """Layer classes that have parameters on every host.
+
+    A host with ComfyUI's dynamic VRAM creates layers without weights, and LoRA then finds nothing
+    to attach to; layer classes with a `_load_from_state_dict` of their own are spared that.
+    """
+    stock = comfy.ops.disable_weight_init
+    layers = {
+        name: type(name, (layer,), {"_load_from_state_dict": _loading_like(layer)})
+        for name, layer in vars(stock).items()
+        if isinstance(layer, type) and issubclass(layer, torch.nn.Module)
+    }
+    return type("TwinOperations", (stock,), layers)
+
+
+def _loading_like(layer: type) -> Callable[..., None]:
+    def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
+        layer._load_from_state_dict(self, *args, **kwargs)
+
+    return _load_from_state_dict
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise InvalidInput(
+        "the weights of an xDiT MODEL are in the ranks, so it cannot be saved or merged; "
+        "load it with a stock loader node for that."
+    )

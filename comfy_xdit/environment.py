@@ -1,0 +1,68 @@
+"""The environment a rank starts with: built from a list of what it needs, never inherited whole.
+
+ComfyUI sets `PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync`, which makes ranks run out of memory
+under NCCL; schedulers set MASTER_PORT, RANK and OMP_NUM_THREADS. None of that may leak in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PASSED_ON = frozenset(
+    """PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV CONDA_PREFIX
+    LD_LIBRARY_PATH LD_PRELOAD CUDA_HOME CUDA_PATH ROCM_PATH XDG_CACHE_HOME XDG_RUNTIME_DIR
+    SSL_CERT_FILE CUDA_DEVICE_ORDER SYSTEMROOT""".split()
+)
+PASSED_ON_PREFIXES = ("LC_", "NCCL_", "NVIDIA_", "ROCR_", "HSA_", "XDIT_", "TRITON_", "TORCHINDUCTOR_", "HF_HOME")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def rank_environment(rank: int, devices: tuple[str, ...], host: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of the process of `rank`, which sees exactly its own device.
+
+    Args:
+        devices: one device per rank, as the host numbers them.
+        host: the host's environment; its `CUDA_VISIBLE_DEVICES` is honoured.
+    """
+    host = os.environ if host is None else host
+    environment = {
+        name: value
+        for name, value in host.items()
+        if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+    }
+    inherited = host.get("PYTHONPATH")
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *([inherited] if inherited else [])]),
+        "PYTHONUNBUFFERED": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",  # each rank sees one device, which therefore is number 0
+        "WORLD_SIZE": str(len(devices)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": _threads(len(devices)),
+        "HF_HUB_OFFLINE": "1",  # a checkpoint is a file of this machine: no rank asks a hub
+        "TRANSFORMERS_OFFLINE": "1",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "XDIT_LOGGING_LEVEL": host.get("XDIT_LOGGING_LEVEL", "ERROR"),
+        VISIBLE: _visible(devices[rank], host.get(VISIBLE)),
+    }
+    return environment
+
+
+def _threads(world_size: int) -> str:
+    return os.environ.get("XDIT_OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // world_size))
+
+
+def _visible(device: str, allowed: str | None) -> str:
+    """The physical device behind the host's `device`: "cuda:1" of "4,5" is "5"."""
+    if not device.startswith("cuda:"):
+        return ""
+    index = int(device.removeprefix("cuda:"))
+    return allowed.split(",")[index].strip() if allowed else str(index)
+
+

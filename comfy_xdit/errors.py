@@ -1,0 +1,25 @@
+"""What can go wrong, in the words a person reads on a node. Nothing else is raised on purpose."""
+
+
+class XDiTError(Exception):
+    """Base of every error the pack raises on purpose; its text is meant for the person at the graph."""
+
+
+class InvalidInput(XDiTError, ValueError):
+    """A value the person can correct. The text names the value, the limit and the remedy."""
+
+
+class RemoteError(XDiTError, RuntimeError):
+    """A rank raised: carries the rank, the type, the message and the rank's full traceback."""
+
+    def __init__(self, rank: int, kind: str, message: str, traceback: str):
+        super().__init__(f"rank {rank}: {kind}: {message}\n\n{traceback}")
+        self.rank, self.kind, self.message, self.traceback = rank, kind, message, traceback
+
+
+class WorkerDied(XDiTError, RuntimeError):
+    """A rank's process ended or stopped answering. The next call starts a new group."""
+
+
+class Interrupted(XDiTError):
+    """The run was cancelled by the person; the ranks stopped at a step boundary and stay warm."""

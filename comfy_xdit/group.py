@@ -1,0 +1,325 @@
+"""WorkerGroup owns the rank processes: spawn, call, interrupt, watch, restart, close."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from comfy_xdit.environment import ROOT, rank_environment
+from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
+from comfy_xdit.messages import Cancelled, Failure, Progress, Result, Stop
+from comfy_xdit.parallel import DEGREES, ParallelConfig, available_devices
+from comfy_xdit.rpc import Event, Host
+
+START_SECONDS = 180.0
+CALL_SECONDS = 3600.0  # without any sign of life from a rank; progress starts it anew
+GRACE_SECONDS = 3.0  # between the first failure and the last answer: the others hang in a collective
+STOP_SECONDS = 5.0
+POLL_SECONDS = 0.05  # how often the host's interrupt flag, which cannot be waited on, is looked at
+LOG_TAIL_BYTES = 3000
+_generations = itertools.count(1)
+# What a rank says when another one went away: the consequence, never the cause.
+_CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "socket")
+
+
+class WorkerGroup:
+    """The ranks of one layout. Started by the first call, and again by the first after a fault."""
+
+    def __init__(self, parallel: ParallelConfig):
+        self.parallel = parallel.check(available_devices())
+        self.start_seconds = 0.0
+        self.generation = 0
+        self._lock = threading.Lock()
+        self._job = 0
+        self._bridge: Host | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._logs: list[IO[bytes]] = []
+        self.reports: list[dict[str, Any]] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank; empty while the group is down."""
+        return [p.pid for p in self._processes]
+
+    def call(
+        self,
+        message: Any,
+        *,
+        ranks: Sequence[int] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
+        timeout: float = CALL_SECONDS,
+    ) -> Result:
+        """Have `message` done by `ranks` (default: all) and return the answer of the first of them.
+
+        Args:
+            message: a word of messages.py, or a function that makes it of the group's generation
+                (a number that grows with every start: new processes remember nothing).
+            on_progress: gets every Progress of the ranks.
+            interrupted: asked about 20 times a second whether the person wants to stop.
+            timeout: seconds without any sign of life from a rank after which it counts as dead.
+
+        Raises:
+            InvalidInput: the ranks refused the input; they are as before.
+            RemoteError: a rank raised; carries the rank and its traceback.
+            WorkerDied: a rank ended, or gave no sign of life for `timeout` seconds.
+            Interrupted: `interrupted` returned True and the ranks stopped at a step boundary.
+        """
+        ranks = list(range(self.parallel.world_size) if ranks is None else ranks)
+        with self._lock:
+            self._ensure_started(interrupted)
+            self._job += 1
+            if callable(message):
+                message = message(self.generation)
+            try:
+                self._bridge.send(ranks, self._job, message)
+            except RuntimeError as error:  # the store; a bad message raises before anything is sent
+                self._kill()
+                raise WorkerDied(f"the bridge to the ranks failed: {error}") from error
+            try:
+                replies = self._collect(self._job, ranks, on_progress, interrupted, timeout)
+            except WorkerDied:
+                self._kill()
+                raise
+            except BaseException:
+                self._settle(self._job, ranks)
+                raise
+            return self._verdict(ranks, replies)
+
+    def close(self) -> None:
+        """Stop the ranks: asked first, killed if they do not go."""
+        with self._lock:
+            if self._bridge is None:
+                return
+            with contextlib.suppress(RuntimeError):  # the store, if the bridge is already broken
+                self._bridge.send(list(range(len(self._processes))), -1, Stop())
+            deadline = time.monotonic() + STOP_SECONDS
+            for process in self._processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+            self._kill()
+
+    # ------------------------------------------------------------------ start and end
+
+    def _ensure_started(self, interrupted: Callable[[], bool] | None) -> None:
+        if self._bridge is not None and any(p.poll() is not None for p in self._processes):
+            # Died between two calls: nothing was asked of it, so the call need not fail.
+            self._kill()
+        if self._bridge is None:
+            self._start(interrupted)
+
+    def _start(self, interrupted: Callable[[], bool] | None) -> None:
+        began = time.monotonic()
+        world = range(self.parallel.world_size)
+        degrees = {name: getattr(self.parallel, name) for name in DEGREES}
+        self._bridge = Host(self.parallel.world_size, os.getpid(), degrees)
+        try:
+            self._logs = [tempfile.TemporaryFile() for _ in world]
+            self._processes = [self._spawn(rank) for rank in world]
+            for rank in world:
+                threading.Thread(
+                    target=_watch, args=(rank, self._processes[rank], self._bridge), daemon=True
+                ).start()
+            replies = self._collect(0, list(world), None, _raising(interrupted), START_SECONDS)
+            self._verdict(list(world), replies)
+        except BaseException:
+            self._kill()
+            raise
+        self.reports = [replies[rank].report for rank in world]
+        self.start_seconds = time.monotonic() - began
+        self.generation = next(_generations)
+
+    def _spawn(self, rank: int) -> subprocess.Popen[bytes]:
+        invitation = self._bridge.invitation(rank)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker"],
+            cwd=ROOT,
+            env=rank_environment(rank, self.parallel.devices),
+            stdin=subprocess.PIPE,
+            stdout=self._logs[rank],
+            stderr=subprocess.STDOUT,
+            pass_fds=(invitation.inbound, invitation.outbound),
+            start_new_session=True,  # a Ctrl-C in the terminal is the host's to handle
+        )
+        with contextlib.suppress(BrokenPipeError):  # it died already: the watcher reports it
+            process.stdin.write(invitation.line())
+            process.stdin.flush()
+        return process
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        if self._bridge is not None:
+            self._bridge.close()
+        for log in self._logs:
+            log.close()
+        self._bridge, self._processes, self._logs, self.reports = None, [], [], []
+
+    # ------------------------------------------------------------------ one call
+
+    def _collect(
+        self,
+        job: int,
+        ranks: list[int],
+        on_progress: Callable[[Progress], None] | None,
+        interrupted: Callable[[], bool] | None,
+        timeout: float,
+    ) -> dict[int, Any]:
+        """The last message of every rank: all of them, or fewer when one failed and others hang."""
+        replies: dict[int, Any] = {}
+        deadline, asked = time.monotonic() + timeout, False
+        while len(replies) < len(ranks):
+            if interrupted is not None and not asked and interrupted():
+                self._bridge.interrupt(job)
+                asked = True
+            poll = interrupted is not None and not asked
+            event = self._next(min(deadline, time.monotonic() + POLL_SECONDS) if poll else deadline)
+            failed = any(isinstance(m, Failure) for m in replies.values())
+            if event is None and time.monotonic() >= deadline:
+                if failed:
+                    return replies
+                raise WorkerDied(f"no sign of life from the ranks for {timeout:g} s; {self._tails()}")
+            if event is None or event.job != job:
+                continue
+            if isinstance(event.message, Progress):
+                deadline = deadline if failed else time.monotonic() + timeout
+                if on_progress is not None:
+                    on_progress(event.message)
+                continue
+            replies[event.rank] = event.message
+            if isinstance(event.message, Failure):
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return replies
+
+    def _next(self, until: float) -> Event | None:
+        """The next event, or None when none came in time. Raises WorkerDied."""
+        event = self._bridge.wait(max(0.0, until - time.monotonic()))
+        if event is None:
+            return None
+        if event.fault is not None:
+            raise WorkerDied(f"the bridge to the ranks failed: {event.fault}; {self._tails()}")
+        if event.exit_code is not None:
+            raise WorkerDied(self._obituary(event.rank, event.exit_code))
+        return event
+
+    def _settle(self, job: int, ranks: list[int]) -> None:
+        """After an error in the host in mid-call: bring the ranks back to idle, or end them."""
+        try:
+            self._bridge.interrupt(job)
+            replies = self._collect(job, ranks, None, None, CALL_SECONDS)
+        except (WorkerDied, RuntimeError):
+            self._kill()
+            return
+        if not _agree(replies, ranks):
+            self._kill()
+
+    def _verdict(self, ranks: list[int], replies: dict[int, Any]) -> Any:
+        """The answer, or the exception that the replies amount to."""
+        agreed = _agree(replies, ranks)
+        failures = {rank: m for rank, m in replies.items() if isinstance(m, Failure)}
+        tails = "" if agreed else self._tails()
+        if not agreed:
+            self._kill()  # the ranks are no longer in step: only new processes are trustworthy
+        if failures:
+            rank, failure = min(failures.items(), key=lambda item: _is_consequence(item[1]))
+            if failure.invalid and agreed:
+                raise InvalidInput(failure.message)
+            raise RemoteError(rank, failure.kind, failure.message, failure.traceback)
+        if not agreed:
+            raise WorkerDied(f"the ranks disagreed about the run and were stopped; {tails}")
+        if isinstance(replies[ranks[0]], Cancelled):
+            raise Interrupted(f"interrupted at step {replies[ranks[0]].step}")
+        return replies[ranks[0]]
+
+    # ------------------------------------------------------------------ words about the dead
+
+    def _obituary(self, rank: int, exit_code: int) -> str:
+        if exit_code < 0:
+            name = signal.Signals(-exit_code).name
+            cause = f"was ended by {name}"
+            if -exit_code == signal.SIGKILL:
+                cause += " (if nobody did that, the system ran out of memory)"
+        else:
+            cause = f"exited with code {exit_code}"
+        device, pid = self.parallel.devices[rank], self._processes[rank].pid
+        return f"rank {rank} ({device}, pid {pid}) {cause}; {self._tail(rank)}"
+
+    def _tails(self) -> str:
+        return "\n".join(self._tail(rank) for rank in range(len(self._logs)))
+
+    def _tail(self, rank: int) -> str:
+        log = self._logs[rank]
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(0, size - LOG_TAIL_BYTES))
+        text = log.read().decode(errors="replace").strip()
+        return f"last lines of rank {rank}'s log:\n{text or '(empty)'}"
+
+
+def _watch(rank: int, process: subprocess.Popen[bytes], bridge: Host) -> None:
+    bridge.inbox.put(Event(rank, exit_code=process.wait()))
+
+
+def _raising(interrupted: Callable[[], bool] | None) -> Callable[[], bool] | None:
+    """A group that is still starting has no step to stop at: an interrupt ends the start."""
+
+    def check() -> bool:
+        if interrupted():
+            raise Interrupted("interrupted while the ranks were starting")
+        return False
+
+    return check if interrupted is not None else None
+
+
+def _agree(replies: dict[int, Any], ranks: list[int]) -> bool:
+    """True when every rank answered and all answers are of one kind, at one step."""
+    if len(replies) < len(ranks):
+        return False
+    kinds = {
+        (type(m), m.kind) if isinstance(m, Failure) else (type(m), getattr(m, "step", None))
+        for m in replies.values()
+    }
+    return len(kinds) == 1
+
+
+def _is_consequence(failure: Failure) -> bool:
+    return any(word in failure.message.lower() for word in _CONSEQUENCES)
+
+
+_groups: dict[ParallelConfig, WorkerGroup] = {}
+_groups_lock = threading.Lock()
+
+
+def worker_group(parallel: ParallelConfig) -> WorkerGroup:
+    """The group of this layout; any group of another layout is closed, so that its memory is free."""
+    parallel = parallel.check(available_devices())
+    with _groups_lock:
+        for other in [key for key in _groups if key != parallel]:
+            _groups.pop(other).close()
+        if parallel not in _groups:
+            _groups[parallel] = WorkerGroup(parallel)
+        return _groups[parallel]
+
+
+def running_groups() -> list[WorkerGroup]:
+    """Every group of this process that has been asked for and not closed."""
+    return list(_groups.values())
+
+
+@atexit.register
+def _close_all() -> None:
+    while _groups:
+        _groups.popitem()[1].close()

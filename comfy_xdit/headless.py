@@ -1,0 +1,229 @@
+"""What nodes.py stands on when there is no ComfyUI: the same functions as comfy_xdit.comfy_types.
+
+MODEL, CLIP and VAE are here the handles themselves. Only the demo, the folders named by
+XDIT_MODELS_DIR, and paths typed into a widget are offered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comfy_xdit import conversion
+from comfy_xdit.environment import ROOT
+from comfy_xdit.errors import Interrupted, InvalidInput
+from comfy_xdit.messages import Progress, Sample
+from comfy_xdit.remote import Remote, RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.schedulers import SCHEDULERS
+
+SAMPLERS = conversion.SAMPLERS
+MODELS_DIR = "XDIT_MODELS_DIR"  # environment: a folder with diffusers/ and diffusion_models/ in it
+INDEX = "model_index.json"
+DEMO = ROOT / "assets" / "demo"
+DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
+DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+
+ShowStep = Callable[[int, int], None]  # (steps done, steps)
+_show_step: ContextVar[ShowStep | None] = ContextVar("show_step", default=None)
+_stop_asked = False  # a plain flag: a signal handler must take no lock
+
+
+# ---------------------------------------------------------------------- the graph's types
+
+
+def model_of(remote: RemoteModel) -> RemoteModel:
+    """MODEL: the handle itself."""
+    return remote
+
+
+def clip_of(remote: RemoteTextEncoders) -> RemoteTextEncoders:
+    """CLIP: the handle itself."""
+    return remote
+
+
+def vae_of(remote: RemoteVAE) -> RemoteVAE:
+    """VAE: the handle itself; it has decode and encode."""
+    return remote
+
+
+def remote_of(thing: Any) -> Remote:
+    """The handle behind a MODEL, CLIP or VAE.
+
+    Raises:
+        InvalidInput: it is none of them.
+    """
+    if not isinstance(thing, Remote):
+        raise InvalidInput(
+            f"{type(thing).__name__} is neither a MODEL, a CLIP nor a VAE; connect an xDiT loader."
+        )
+    return thing
+
+
+def sample_request(
+    model: RemoteModel,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    positive: list[Any],
+    negative: list[Any],
+    latent: dict[str, Any],
+    denoise: float,
+) -> tuple[Sample, Callable[[torch.Tensor], torch.Tensor]]:
+    """KSampler's inputs as one message to the ranks.
+
+    Returns:
+        The message, and what turns the answer into the samples of a LATENT: (B, C, H, W), unscaled.
+
+    Raises:
+        InvalidInput: something in the inputs only ComfyUI's own KSampler can do.
+    """
+    remote = remote_of(model)
+    info = remote.info or remote.load(interrupted=interrupted)
+    return conversion.build_sample(
+        remote.spec,
+        info,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        sampler_name=sampler_name,
+        scheduler=scheduler,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+        denoise=denoise,
+    )
+
+
+def samplers() -> list[str]:
+    """Names for the sampler widget."""
+    return list(SAMPLERS)
+
+
+def schedulers() -> list[str]:
+    """Names for the scheduler widget."""
+    return list(SCHEDULERS)
+
+
+# ---------------------------------------------------------------------- progress and interrupt
+
+
+@contextmanager
+def showing_steps(show: ShowStep) -> Iterator[None]:
+    """Within this block, steps of the ranks are shown by `show`."""
+    token = _show_step.set(show)
+    try:
+        yield
+    finally:
+        _show_step.reset(token)
+
+
+def progress(model: RemoteModel, steps: int) -> Callable[[Progress], None]:
+    """What shows the ranks' progress on the running node."""
+    show = _show_step.get()
+    if show is None:
+        return lambda done: None
+    show(0, steps)
+    return lambda done: show(done.step, done.steps)
+
+
+def request_interrupt() -> None:
+    """Ask the run to stop at its next step; may be called from a signal handler."""
+    global _stop_asked
+    _stop_asked = True
+
+
+def forget_interrupt() -> None:
+    """A new run begins: what was asked before is over."""
+    global _stop_asked
+    _stop_asked = False
+
+
+def interrupted() -> bool:
+    """Whether the person has asked to stop; leaves the flag as it is."""
+    return _stop_asked
+
+
+def raise_if_interrupted() -> None:
+    """Raise Interrupted and clear the flag, if the person has asked to stop."""
+    if _stop_asked:
+        forget_interrupt()
+        raise Interrupted("interrupted")
+
+
+# ---------------------------------------------------------------------- models on disk
+
+
+class Names(list[str]):
+    """The names a widget offers. A path that exists counts as one of them."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and os.path.exists(name))
+
+
+def diffusion_models() -> Names:
+    """Names for a widget: files below XDIT_MODELS_DIR/diffusion_models, then the demo."""
+    found = [
+        path.relative_to(folder).as_posix()
+        for folder in _folders("diffusion_models")
+        for path in folder.rglob("*.safetensors")
+    ]
+    return Names(sorted(found) + _present(DEMO_DIFFUSION_MODELS))
+
+
+def diffusion_model_path(name: str) -> Path:
+    """The file behind a name of `diffusion_models`, or the path `name` itself.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    demo = DEMO_DIFFUSION_MODELS.get(name)
+    for path in [*([demo] if demo else []), *(f / name for f in _folders("diffusion_models")), Path(name)]:
+        if path.is_file():
+            return path
+    raise InvalidInput(
+        f"no diffusion model {name!r}; give the path of a safetensors file, or put it into "
+        f"diffusion_models/ of the folder named by {MODELS_DIR}."
+    )
+
+
+def pipelines() -> Names:
+    """Names for a widget: folders with a model_index.json below XDIT_MODELS_DIR/diffusers, the demo."""
+    found = [
+        index.parent.relative_to(folder).as_posix()
+        for folder in _folders("diffusers")
+        for index in folder.rglob(INDEX)
+    ]
+    return Names(sorted(found) + _present(DEMO_PIPELINES))
+
+
+def pipeline_path(name: str) -> Path:
+    """The folder behind a name of `pipelines`, or the path `name` itself.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    demo = DEMO_PIPELINES.get(name)
+    for path in [*([demo] if demo else []), *(f / name for f in _folders("diffusers")), Path(name)]:
+        if (path / INDEX).is_file():
+            return path
+    raise InvalidInput(
+        f"no pipeline {name!r}; give the path of a diffusers folder (one with a {INDEX}), or put it into "
+        f"diffusers/ of the folder named by {MODELS_DIR}."
+    )
+
+
+def _folders(kind: str) -> list[Path]:
+    root = os.environ.get(MODELS_DIR)
+    return [Path(root) / kind] if root and (Path(root) / kind).is_dir() else []
+
+
+def _present(demo: dict[str, Path]) -> list[str]:
+    return [name for name, path in demo.items() if path.exists()]

@@ -1,0 +1,213 @@
+"""The words that cross the bridge, and their plain form: JSON plus a list of tensors, no pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.spec import ModelSpec
+
+# ------------------------------------------------------------------ host -> ranks
+
+
+@dataclass(frozen=True)
+class Load:
+    """Have `spec` in memory. Answer: a dict that describes it (family, channels, dtype ...)."""
+
+    spec: ModelSpec
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """One call of the transformer, with ComfyUI's arguments.
+
+    `x` is (B, C, H, W), already scaled as the transformer expects; `timestep` is (B,), what
+    ComfyUI hands to the transformer; `conditions` are the keyword arguments (context, y, guidance
+    ...), each a tensor, a plain value, or a `Known` tensor. `forget` names tensors to drop.
+    Answer: the transformer's output, shaped like `x`.
+    """
+
+    spec: ModelSpec
+    x: torch.Tensor
+    timestep: torch.Tensor
+    conditions: dict[str, Any]
+    forget: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A tensor to hold under `name` until it is forgotten."""
+
+    name: int
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """A tensor the ranks already hold."""
+
+    name: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A whole sampling loop in the ranks.
+
+    `latent` is (B, C, H, W), scaled (latent_format applied); `noise` likewise; `sigmas` is
+    (steps + 1,). `positive` and `negative` are keyword arguments of the transformer; negative is
+    None when cfg is 1. `mask` is 1 where the picture may change. `multiplier` is what turns sigma
+    into the transformer's timestep. Answer: the last latent, scaled.
+    """
+
+    spec: ModelSpec
+    sampler: str
+    sigmas: torch.Tensor
+    latent: torch.Tensor
+    noise: torch.Tensor
+    cfg: float
+    positive: dict[str, Any]
+    negative: dict[str, Any] | None
+    multiplier: float
+    mask: torch.Tensor | None = None
+    previews: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeText:
+    """Encode a prompt. `prompts` maps an encoder (l, g, t5xxl) to chunks of (text, weight).
+
+    Answer: {"cond": (1, T, D), "pooled": (1, P)}.
+    """
+
+    spec: ModelSpec
+    prompts: dict[str, list[list[tuple[str, float]]]]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Latents (B, C, H, W), unscaled as in a LATENT socket, to pictures (B, H, W, 3) in 0..1."""
+
+    spec: ModelSpec
+    latent: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Pictures (B, H, W, 3) in 0..1 to latents (B, C, H, W), unscaled as in a LATENT socket."""
+
+    spec: ModelSpec
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the rank."""
+
+
+# ------------------------------------------------------------------ ranks -> host
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A rank has joined its group. `report` says what it runs on."""
+
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` of `steps` is done; `preview` is the denoised latent (B, C, H, W), scaled, or None."""
+
+    step: int
+    steps: int
+    preview: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer of a rank. `seconds` is the time the rank worked."""
+
+    value: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank raised. `invalid` says that the input was at fault and the rank is as before."""
+
+    kind: str
+    message: str
+    traceback: str
+    invalid: bool
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """The rank stopped at a step boundary because the host asked for it."""
+
+    step: int
+
+
+WORDS: dict[str, type] = {
+    word.__name__: word
+    for word in (
+        Load, Denoise, Keep, Known, Sample, EncodeText, Decode, Encode, Stop,
+        Ready, Progress, Result, Failure, Cancelled, ModelSpec, ParallelConfig,
+    )
+}  # fmt: skip
+
+
+@dataclass
+class Flat:
+    """A message in plain form: `head` is JSON-able and names tensors by their place in `tensors`."""
+
+    head: Any = None
+    tensors: list[torch.Tensor] = field(default_factory=list)
+
+
+def flatten(message: Any) -> Flat:
+    """Plain form of a message.
+
+    Raises:
+        TypeError: something in it is neither plain data, a tensor nor a word of this module.
+    """
+    flat = Flat()
+    flat.head = _plain(message, flat.tensors)
+    return flat
+
+
+def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, list):
+        return [_plain(v, tensors) for v in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_plain(v, tensors) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_plain(k, tensors), _plain(v, tensors)] for k, v in value.items()]}
+    name = type(value).__name__
+    if is_dataclass(value) and WORDS.get(name) is type(value):
+        return {name: {f.name: _plain(getattr(value, f.name), tensors) for f in fields(value)}}
+    raise TypeError(f"{name} cannot cross the bridge: only plain data and tensors can")
+
+
+def rebuild(head: Any, tensors: list[torch.Tensor]) -> Any:
+    """The message whose plain form is (`head`, `tensors`)."""
+    if isinstance(head, list):
+        return [rebuild(v, tensors) for v in head]
+    if not isinstance(head, dict):
+        return head
+    ((tag, body),) = head.items()
+    if tag == "tensor":
+        return tensors[body]
+    if tag == "tuple":
+        return tuple(rebuild(v, tensors) for v in body)
+    if tag == "dict":
+        return {rebuild(k, tensors): rebuild(v, tensors) for k, v in body}
+    return WORDS[tag](**{k: rebuild(v, tensors) for k, v in body.items()})

@@ -1,0 +1,130 @@
+"""How many ranks there are and what each degree of parallelism is, in xfuser's spelling."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+
+from comfy_xdit.errors import InvalidInput
+
+DEGREES = (
+    "data_parallel_degree",
+    "cfg_parallel_degree",
+    "ulysses_degree",
+    "ring_degree",
+    "pipefusion_degree",
+)
+# What the engine runs today; every other degree is refused by name, never ignored.
+SUPPORTED = ("cfg_parallel_degree", "ulysses_degree")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """One layout of ranks. The product of the degrees is the number of ranks.
+
+    `devices` names one device per rank: "cuda:0", ... or "cpu". Empty means the first
+    `world_size` devices the machine offers.
+    """
+
+    data_parallel_degree: int = 1
+    cfg_parallel_degree: int = 1
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+    pipefusion_degree: int = 1
+    warmup_steps: int = 1
+    shard_weights: bool = False
+    devices: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks: the product of all degrees."""
+        return math.prod(getattr(self, name) for name in DEGREES)
+
+    @property
+    def sequence_parallel_degree(self) -> int:
+        """Ranks that share one sequence of tokens (Ulysses x Ring, USP)."""
+        return self.ulysses_degree * self.ring_degree
+
+    def describe(self) -> str:
+        """The factors that are not 1, e.g. `ulysses_degree 2 x cfg_parallel_degree 2 = 4`."""
+        factors = [f"{n} {getattr(self, n)}" for n in DEGREES if getattr(self, n) != 1]
+        return f"{' x '.join(factors)} = {self.world_size}" if factors else "one rank"
+
+    def check(self, available: tuple[str, ...]) -> ParallelConfig:
+        """Return this layout with its devices filled in.
+
+        Args:
+            available: the devices a rank may be put on, e.g. ("cuda:0", "cuda:1").
+
+        Raises:
+            InvalidInput: a degree below 1, a method the engine does not run, or degrees that do
+                not fit the devices.
+        """
+        for name in DEGREES:
+            degree = getattr(self, name)
+            if degree < 1:
+                raise InvalidInput(f"{name} is {degree}; a degree is at least 1. Set it to 1 or more.")
+            if degree > 1 and name not in SUPPORTED:
+                raise InvalidInput(
+                    f"{name} is {degree}, but this version runs only {' and '.join(SUPPORTED)}. "
+                    f"Set {name} to 1."
+                )
+        if self.cfg_parallel_degree > 2:
+            raise InvalidInput(
+                f"cfg_parallel_degree is {self.cfg_parallel_degree}; guidance has two branches, "
+                "positive and negative. Set it to 1 or 2."
+            )
+        if self.shard_weights:
+            raise InvalidInput("shard_weights is not in this version. Set it to false.")
+        devices = self.devices or available[: self.world_size]
+        if self.world_size != len(devices):
+            raise InvalidInput(
+                f"{self.describe()}, but {len(devices)} devices are selected "
+                f"({', '.join(devices) or 'none'}); set the degrees so that their product is "
+                f"{len(devices)}, or choose other devices."
+            )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ParallelConfig(**{**values, "devices": tuple(devices)})
+
+
+def parse_devices(text: str, available: tuple[str, ...]) -> tuple[str, ...]:
+    """Read a devices widget: "" = none chosen, "0,1", "cuda:0, cuda:1" or "cpu, cpu".
+
+    Raises:
+        InvalidInput: a device that this machine does not offer, or one named twice.
+    """
+    chosen = []
+    for word in text.replace(";", ",").split(","):
+        name = word.strip()
+        if not name:
+            continue
+        device = f"cuda:{name}" if name.isdigit() else name
+        if device != "cpu" and device not in available:
+            raise InvalidInput(
+                f"device {name!r} is not one of {', '.join(sorted(set(available)))}; "
+                "name devices of this machine, separated by commas, or leave the field empty."
+            )
+        if device != "cpu" and device in chosen:
+            raise InvalidInput(f"device {device} is named twice; each rank needs its own.")
+        chosen.append(device)
+    return tuple(chosen)
+
+
+def available_devices() -> tuple[str, ...]:
+    """The devices ranks may use: every GPU this process may see, else CPU ranks (at most 8)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    return ("cpu",) * 8
+
+
+def automatic(available: tuple[str, ...]) -> ParallelConfig:
+    """The layout for strategy `auto`: Ulysses over every GPU, over at most two ranks on CPU.
+
+    Ulysses alone helps every family, with guidance or without; the choice between methods by
+    measured speed is the planner's, which this version does not have.
+    """
+    ranks = len(available) if available[0] != "cpu" else min(2, os.cpu_count() or 1)
+    return ParallelConfig(ulysses_degree=ranks)

@@ -1,0 +1,183 @@
+"""Light handles for what runs in the ranks: a diffusion model, text encoders, a VAE.
+
+A handle owns nothing: it names a spec and a layout, and sends messages to the group of that
+layout. Every message carries the spec, so a group that was restarted loads again by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comfy_xdit.group import worker_group
+from comfy_xdit.messages import (
+    Decode,
+    Denoise,
+    Encode,
+    EncodeText,
+    Keep,
+    Known,
+    Load,
+    Progress,
+    Result,
+    Sample,
+)
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.spec import ModelSpec
+
+Interrupt = Callable[[], bool]
+# Smaller tensors cost less to send than to compare.
+REMEMBERED_BYTES = 4096
+REMEMBERED_TENSORS = 16
+_names = itertools.count(1)
+
+
+class SentTensors:
+    """Which tensors the ranks already hold: compared by content, so never stale."""
+
+    def __init__(self) -> None:
+        self._generation = -1
+        self._held: dict[int, torch.Tensor] = {}
+        self._forget: list[int] = []
+
+    def refer(self, conditions: dict[str, Any], generation: int) -> dict[str, Any]:
+        """`conditions` with each large tensor replaced by Known, or by Keep the first time."""
+        if generation != self._generation:  # new processes hold nothing
+            self._generation, self._held, self._forget = generation, {}, []
+        return {name: self._refer(value) for name, value in conditions.items()}
+
+    def take_forgotten(self) -> tuple[int, ...]:
+        """Names the ranks may drop, oldest first; asked once per message."""
+        while len(self._held) > REMEMBERED_TENSORS:
+            oldest = next(iter(self._held))
+            del self._held[oldest]
+            self._forget.append(oldest)
+        forgotten, self._forget = tuple(self._forget), []
+        return forgotten
+
+    def reset(self) -> None:
+        """After a failed call nobody knows what arrived: send everything anew."""
+        self._forget += list(self._held)
+        self._held = {}
+
+    def _refer(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._refer(v) for v in value]
+        if isinstance(value, tuple):
+            return tuple(self._refer(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self._refer(v) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor) or value.nbytes < REMEMBERED_BYTES:
+            return value
+        for name, held in self._held.items():
+            if (
+                held.shape == value.shape
+                and held.dtype == value.dtype
+                and held.device == value.device
+                and torch.equal(held, value)
+            ):
+                self._held[name] = self._held.pop(name)  # most recently used last
+                return Known(name)
+        name = next(_names)
+        self._held[name] = value.clone()  # the caller may write into its tensor later
+        return Keep(name, value)
+
+
+@dataclass
+class Remote:
+    """What all handles share."""
+
+    spec: ModelSpec
+    parallel: ParallelConfig
+    info: dict[str, Any] = field(default_factory=dict)
+    ranks = None  # all of them
+
+    def load(self, interrupted: Interrupt | None = None) -> dict[str, Any]:
+        """Have the spec loaded; fills and returns `info` (see worker/engine.py `describe`)."""
+        self.info = self._call(Load(self.spec), interrupted=interrupted).value
+        return self.info
+
+    def _call(self, message: Any, **options: Any) -> Result:
+        return worker_group(self.parallel).call(message, ranks=self.ranks, **options)
+
+
+@dataclass
+class RemoteModel(Remote):
+    """A diffusion transformer in the ranks."""
+
+    sent: SentTensors = field(default_factory=SentTensors, repr=False)
+
+    def denoise(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, Any],
+        interrupted: Interrupt | None = None,
+    ) -> torch.Tensor:
+        """One transformer call with ComfyUI's arguments.
+
+        Args:
+            x: (B, C, H, W) latent as the transformer expects it.
+            timestep: (B,) as ComfyUI hands it to the transformer.
+            conditions: keyword arguments (context, y, guidance ...).
+
+        Returns:
+            The output, (B, C, H, W), on CPU.
+        """
+
+        def message(generation: int) -> Denoise:
+            referred = self.sent.refer(conditions, generation)
+            return Denoise(self.spec, x, timestep, referred, self.sent.take_forgotten())
+
+        try:
+            return self._call(message, interrupted=interrupted).value
+        except BaseException:
+            self.sent.reset()
+            raise
+
+    def sample(
+        self,
+        request: Sample,
+        on_progress: Callable[[Progress], None] | None = None,
+        interrupted: Interrupt | None = None,
+    ) -> torch.Tensor:
+        """A whole sampling loop in the ranks; returns the last latent, scaled, on CPU."""
+        return self._call(request, on_progress=on_progress, interrupted=interrupted).value
+
+
+@dataclass
+class RemoteTextEncoders(Remote):
+    """The text encoders of a pipeline, in rank 0."""
+
+    ranks = (0,)
+
+    def encode(
+        self, prompts: dict[str, list[list[tuple[str, float]]]], interrupted: Interrupt | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode chunks of (text, weight) per encoder (l, g, t5xxl).
+
+        Returns:
+            context (1, T, D) and pooled (1, P), fp32 on CPU.
+        """
+        value = self._call(EncodeText(self.spec, prompts), interrupted=interrupted).value
+        return value["cond"], value["pooled"]
+
+
+
+@dataclass
+class RemoteVAE(Remote):
+    """A VAE, in rank 0."""
+
+    ranks = (0,)
+
+    def decode(self, latent: torch.Tensor, interrupted: Interrupt | None = None) -> torch.Tensor:
+        """(B, C, H, W) unscaled latents, as in a LATENT socket, to (B, H*8, W*8, 3) in 0..1."""
+        return self._call(Decode(self.spec, latent), interrupted=interrupted).value
+
+    def encode(self, pixels: torch.Tensor, interrupted: Interrupt | None = None) -> torch.Tensor:
+        """(B, H, W, 3) in 0..1 to (B, C, H/8, W/8) unscaled latents."""
+        return self._call(Encode(self.spec, pixels), interrupted=interrupted).value

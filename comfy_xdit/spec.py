@@ -1,0 +1,50 @@
+"""What is to be loaded: frozen and hashable, so that the ranks can compare it with what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfy_xdit.errors import InvalidInput
+
+WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One diffusion model, text encoder set or VAE on disk.
+
+    Args:
+        path: a safetensors file, or a diffusers folder (one with a `config.json`, or a pipeline
+            with a `model_index.json`).
+        kind: "transformer", "text_encoders" or "vae".
+        weight_dtype: one of WEIGHT_DTYPES; "default" is the file's dtype on a GPU, fp32 on CPU.
+        stamp: size and modification time of the file or index: another file is another spec.
+    """
+
+    path: str
+    kind: str
+    weight_dtype: str = "default"
+    stamp: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, path: str | Path, kind: str, weight_dtype: str = "default") -> ModelSpec:
+        """Describe what is at `path` now.
+
+        Raises:
+            InvalidInput: nothing is there, or `weight_dtype` is unknown.
+        """
+        if weight_dtype not in WEIGHT_DTYPES:
+            raise InvalidInput(
+                f"weight_dtype {weight_dtype!r} is not one of {', '.join(WEIGHT_DTYPES)}; choose one of them."
+            )
+        path = Path(path)
+        if not path.exists():
+            raise InvalidInput(f"no file or folder at {path}; choose a model that exists.")
+        return cls(str(path.absolute()), kind, weight_dtype, _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    files = [path] if path.is_file() else sorted(path.rglob("*.*"))
+    stats = [f.stat() for f in files if f.suffix in (".safetensors", ".json", ".txt")]
+    return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)

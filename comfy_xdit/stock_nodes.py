@@ -1,0 +1,345 @@
+"""Stand-ins for the stock nodes that text-to-image and image-to-image graphs are made of.
+
+Same names, inputs and numbers as ComfyUI's, so that its workflows run without it. Node classes
+here know their run by the hidden input FOLDERS.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from comfy_xdit import headless, pictures
+from comfy_xdit.errors import Interrupted, InvalidInput
+from comfy_xdit.pictures import Folders
+from comfy_xdit.prompt import parse_weights
+from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
+
+MAX_SIDE = 16384
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+LATENT_PIXELS = 8  # pixels to one place of a latent
+UPSCALE = ["nearest-exact", "bilinear", "area", "bicubic"]
+_EMBEDDING = re.compile(r"\bembedding:\S+")
+
+Latent = dict[str, Any]
+
+
+def _int(default: int, low: int, high: int, **more: Any) -> tuple[str, dict[str, Any]]:
+    return "INT", {"default": default, "min": low, "max": high, **more}
+
+
+def _text() -> tuple[str, dict[str, Any]]:
+    return "STRING", {"default": "", "multiline": True}
+
+
+class EmptyLatentImage:
+    """An all-zero latent of 4 channels; a sampler gives it the channels its model takes."""
+
+    CHANNELS, SMALLEST, RETURN_TYPES, FUNCTION = 4, 16, ("LATENT",), "generate"
+    DEFAULT_SIDE = 512
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Width and height in pixels."""
+        side = _int(cls.DEFAULT_SIDE, cls.SMALLEST, MAX_SIDE)
+        return {"required": {"width": side, "height": side, "batch_size": _int(1, 1, 4096)}}
+
+    def generate(self, width: int, height: int, batch_size: int) -> tuple[Latent]:
+        """(batch, channels, height / 8, width / 8)."""
+        return ({"samples": torch.zeros(batch_size, self.CHANNELS, height // 8, width // 8)},)
+
+
+class EmptySD3LatentImage(EmptyLatentImage):
+    """An all-zero latent of 16 channels."""
+
+    CHANNELS, DEFAULT_SIDE = 16, 1024
+
+
+class CLIPTextEncode:
+    """A prompt to CONDITIONING, by the text encoders in the ranks."""
+
+    RETURN_TYPES, FUNCTION = ("CONDITIONING",), "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Text with ComfyUI's weights, and who encodes it."""
+        return {"required": {"text": _text(), "clip": ("CLIP",)}}
+
+    def encode(self, text: str, clip: RemoteTextEncoders) -> tuple[list[Any]]:
+        """[[context (1, T, D), {"pooled_output": (1, P)}]]."""
+        return (encode_prompt(clip, {"l": text, "g": text, "t5xxl": text}),)
+
+
+class CLIPTextEncodeFlux:
+    """As CLIPTextEncode, with one prompt for each encoder, and guidance."""
+
+    RETURN_TYPES, FUNCTION = ("CONDITIONING",), "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """A prompt per encoder."""
+        return {
+            "required": {"clip": ("CLIP",), "clip_l": _text(), "t5xxl": _text(), "guidance": _guidance()},
+        }
+
+    def encode(self, clip: RemoteTextEncoders, clip_l: str, t5xxl: str, guidance: float) -> tuple[list[Any]]:
+        """[[context, {"pooled_output", "guidance"}]]."""
+        return (_with_option(encode_prompt(clip, {"l": clip_l, "t5xxl": t5xxl}), "guidance", guidance),)
+
+
+class FluxGuidance:
+    """Guidance that Flux takes as an input."""
+
+    RETURN_TYPES, FUNCTION = ("CONDITIONING",), "append"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """How strongly the prompt counts."""
+        return {"required": {"conditioning": ("CONDITIONING",), "guidance": _guidance()}}
+
+    def append(self, conditioning: list[Any], guidance: float) -> tuple[list[Any]]:
+        """The same conditioning with `guidance` in its options."""
+        return (_with_option(conditioning, "guidance", guidance),)
+
+
+class ConditioningZeroOut:
+    """Conditioning that says nothing: all zeros."""
+
+    RETURN_TYPES, FUNCTION = ("CONDITIONING",), "zero_out"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Any conditioning."""
+        return {"required": {"conditioning": ("CONDITIONING",)}}
+
+    def zero_out(self, conditioning: list[Any]) -> tuple[list[Any]]:
+        """Zeros in place of context and pooled output."""
+        zeroed = []
+        for context, options in conditioning:
+            pooled = options.get("pooled_output")
+            changed = {} if pooled is None else {"pooled_output": torch.zeros_like(pooled)}
+            zeroed.append([torch.zeros_like(context), {**options, **changed}])
+        return (zeroed,)
+
+
+class KSampler:
+    """ComfyUI's sampler node; here its loop runs in the ranks, with the same numbers."""
+
+    RETURN_TYPES, FUNCTION = ("LATENT",), "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in ComfyUI's order."""
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "seed": _int(0, 0, MAX_SEED, control_after_generate=True),
+                "steps": _int(20, 1, 10000),
+                "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0}),
+                "sampler_name": (headless.samplers(),),
+                "scheduler": (headless.schedulers(),),
+                "positive": ("CONDITIONING",),
+                "negative": ("CONDITIONING",),
+                "latent_image": ("LATENT",),
+                "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0}),
+            }
+        }
+
+    def sample(self, model: RemoteModel, latent_image: Latent, steps: int, **inputs: Any) -> tuple[Latent]:
+        """Have the ranks run the loop."""
+        request, finish = headless.sample_request(model, steps=steps, latent=latent_image, **inputs)
+        if len(request.sigmas) < 2:  # denoise 0
+            return (latent_image,)
+        show = headless.progress(model, steps)
+        try:
+            answer = model.sample(request, on_progress=show, interrupted=headless.interrupted)
+        except Interrupted:
+            headless.raise_if_interrupted()
+            raise
+        return ({**latent_image, "samples": finish(answer)},)
+
+
+class VAEDecode:
+    """Latents to pictures, by the VAE in the ranks."""
+
+    RETURN_TYPES, FUNCTION = ("IMAGE",), "decode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """A latent and a VAE."""
+        return {"required": {"samples": ("LATENT",), "vae": ("VAE",)}}
+
+    def decode(self, vae: RemoteVAE, samples: Latent) -> tuple[torch.Tensor]:
+        """(B, C, H, W) to (B, H*8, W*8, 3) in 0..1."""
+        return (headless.remote_of(vae).decode(samples["samples"], interrupted=headless.interrupted),)
+
+
+class VAEEncode:
+    """Pictures to latents, by the VAE in the ranks."""
+
+    RETURN_TYPES, FUNCTION = ("LATENT",), "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """A picture and a VAE."""
+        return {"required": {"pixels": ("IMAGE",), "vae": ("VAE",)}}
+
+    def encode(self, vae: RemoteVAE, pixels: torch.Tensor) -> tuple[Latent]:
+        """(B, H, W, 3) in 0..1 to (B, C, H/8, W/8); what exceeds whole places is cut off all around."""
+        remote = headless.remote_of(vae)
+        info = remote.info or remote.load(interrupted=headless.interrupted)
+        cropped = pictures.cropped_to_multiple(pixels[..., :3], info["spatial_compression"])
+        return ({"samples": remote.encode(cropped, interrupted=headless.interrupted)},)
+
+
+class SetLatentNoiseMask:
+    """Only where the mask is white does the picture change."""
+
+    RETURN_TYPES, FUNCTION = ("LATENT",), "set_mask"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """A latent and a mask."""
+        return {"required": {"samples": ("LATENT",), "mask": ("MASK",)}}
+
+    def set_mask(self, samples: Latent, mask: torch.Tensor) -> tuple[Latent]:
+        """The same latent with `noise_mask` (B, 1, H, W)."""
+        return ({**samples, "noise_mask": mask.reshape(-1, 1, *mask.shape[-2:])},)
+
+
+class LatentUpscaleBy:
+    """A latent made larger or smaller."""
+
+    RETURN_TYPES, FUNCTION = ("LATENT",), "upscale"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """How, and by what factor."""
+        scale = ("FLOAT", {"default": 1.5, "min": 0.01, "max": 8.0})
+        return {"required": {"samples": ("LATENT",), "upscale_method": (UPSCALE,), "scale_by": scale}}
+
+    def upscale(self, samples: Latent, upscale_method: str, scale_by: float) -> tuple[Latent]:
+        """(B, C, H, W) to (B, C, H * scale_by, W * scale_by)."""
+        latent = samples["samples"]
+        size = [max(1, round(side * scale_by)) for side in latent.shape[-2:]]
+        return ({**samples, "samples": F.interpolate(latent, size=size, mode=upscale_method)},)
+
+
+class ImageScale:
+    """Pictures of another size."""
+
+    RETURN_TYPES, FUNCTION = ("IMAGE",), "upscale"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Size in pixels; 0 keeps the proportion."""
+        side = _int(512, 0, MAX_SIDE)
+        return {
+            "required": {
+                "image": ("IMAGE",),
+                "upscale_method": (UPSCALE,),
+                "width": side,
+                "height": side,
+                "crop": (["disabled", "center"],),
+            }
+        }
+
+    def upscale(
+        self, image: torch.Tensor, upscale_method: str, width: int, height: int, crop: str
+    ) -> tuple[torch.Tensor]:
+        """(B, H, W, C) to (B, height, width, C)."""
+        return (pictures.resized(image, upscale_method, width, height, crop == "center"),)
+
+
+class LoadImage:
+    """A picture file to IMAGE and MASK (1 where it is transparent)."""
+
+    RETURN_TYPES, FUNCTION = ("IMAGE", "MASK"), "load_image"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """A file name: beside the workflow, in the input folder, or a path."""
+        return {"required": {"image": ("STRING", {"default": ""})}, "hidden": {"folders": "FOLDERS"}}
+
+    def load_image(self, image: str, folders: Folders) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H, W, 3) in 0..1 and (B, H, W)."""
+        return pictures.load(folders.find_input(image))
+
+
+class SaveImage:
+    """Pictures to PNG files with the workflow in them."""
+
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "save_images", True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Pictures, and how the files' names begin."""
+        return {
+            "required": {"images": ("IMAGE",), "filename_prefix": ("STRING", {"default": "ComfyUI"})},
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "folders": "FOLDERS"},
+        }
+
+    def save_images(
+        self,
+        images: torch.Tensor,
+        filename_prefix: str,
+        prompt: dict[str, Any],
+        extra_pnginfo: dict[str, Any],
+        folders: Folders,
+    ) -> dict[str, Any]:
+        """Write prefix_00001_.png, prefix_00002_.png ..."""
+        return {"ui": {"images": pictures.save(images, filename_prefix, folders, prompt, extra_pnginfo)}}
+
+
+class PreviewImage:
+    """Ends a graph as SaveImage does. Nobody looks on here, so nothing is written."""
+
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "preview", True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Pictures."""
+        return {"required": {"images": ("IMAGE",)}}
+
+    def preview(self, images: torch.Tensor) -> dict[str, Any]:
+        """Nothing to show."""
+        return {"ui": {"images": []}}
+
+
+def encode_prompt(clip: RemoteTextEncoders, texts: dict[str, str]) -> list[Any]:
+    """CONDITIONING for one text per encoder (l, g, t5xxl).
+
+    Raises:
+        InvalidInput: `clip` is none of the pack's, or a text names an embedding file.
+    """
+    remote = headless.remote_of(clip)
+    for text in texts.values():
+        if embedding := _EMBEDDING.search(text):
+            raise InvalidInput(
+                f"{embedding.group()!r}: textual inversion embeddings are not in this version; "
+                "take it out of the prompt."
+            )
+    info = remote.info or remote.load(interrupted=headless.interrupted)
+    prompts = {name: [parse_weights(texts[name])] for name in info["encoders"] if name in texts}
+    context, pooled = remote.encode(prompts, interrupted=headless.interrupted)
+    return [[context, {"pooled_output": pooled}]]
+
+
+def _guidance() -> tuple[str, dict[str, Any]]:
+    return "FLOAT", {"default": 3.5, "min": 0.0, "max": 100.0}
+
+
+def _with_option(conditioning: list[Any], name: str, value: Any) -> list[Any]:
+    return [[context, {**options, name: value}] for context, options in conditioning]
+
+
+NODES = (
+    EmptyLatentImage, EmptySD3LatentImage, CLIPTextEncode, CLIPTextEncodeFlux, FluxGuidance,
+    ConditioningZeroOut, KSampler, VAEDecode, VAEEncode, SetLatentNoiseMask, LatentUpscaleBy, ImageScale,
+    LoadImage, SaveImage, PreviewImage,
+)  # fmt: skip
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

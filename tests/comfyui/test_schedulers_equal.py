@@ -1,0 +1,85 @@
+"""Our noise levels against those of a real ComfyUI: run with its Python and COMFYUI_DIR set."""
+
+import os
+import sys
+import warnings
+
+import pytest
+import torch
+
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.schedulers import SCHEDULERS, Sampling, sigmas_of
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR is not set"),
+]
+FAMILIES = {
+    "sd3": Sampling("discrete_flow", 3.0, 1000.0),
+    "flux": Sampling("flux", 1.15, 1.0),
+}
+
+
+@pytest.fixture(scope="session")
+def torchvision_operators():
+    """A torchvision built for CUDA does not import on a CPU torch unless these names exist."""
+    if torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
+        yield
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield library  # the names live as long as this object
+
+
+@pytest.fixture(scope="session")
+def comfy(torchvision_operators):
+    """The modules `comfy.samplers` and `comfy.model_sampling` of the checkout, on CPU."""
+    sys.path.insert(0, os.environ["COMFYUI_DIR"])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a checkout's warnings are not ours to fix
+            import comfy.cli_args
+
+            comfy.cli_args.args.cpu = True
+            import comfy.model_sampling
+            import comfy.samplers
+    finally:
+        sys.path.remove(os.environ["COMFYUI_DIR"])
+    return comfy
+
+
+def _their_sigmas(comfy, sampling: Sampling, scheduler: str, steps: int, denoise: float) -> torch.Tensor:
+    if sampling.kind == "flux":
+        model_sampling = comfy.model_sampling.ModelSamplingFlux()
+        model_sampling.set_parameters(shift=sampling.shift)
+    else:
+        model_sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
+        model_sampling.set_parameters(shift=sampling.shift, multiplier=sampling.multiplier)
+
+    class Patcher:
+        def get_model_object(self, name: str) -> torch.nn.Module:
+            assert name == "model_sampling"
+            return model_sampling
+
+    sampler = comfy.samplers.KSampler(Patcher(), steps, torch.device("cpu"), "euler", scheduler, denoise)
+    return sampler.sigmas
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.6])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_equal_to_ksampler(comfy, scheduler, family, steps, denoise):
+    theirs = _their_sigmas(comfy, FAMILIES[family], scheduler, steps, denoise)
+    if theirs.isnan().any():  # kl_optimal with one step: ComfyUI's result is not a number, ours an error
+        with pytest.raises(InvalidInput, match="not defined for 1 step"):
+            sigmas_of(FAMILIES[family], scheduler, steps, denoise)
+        return
+    ours = sigmas_of(FAMILIES[family], scheduler, steps, denoise)
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-6
+
+
+def test_every_scheduler_of_comfyui_is_here(comfy):
+    assert set(comfy.samplers.KSampler.SCHEDULERS) <= set(SCHEDULERS)

@@ -1,0 +1,56 @@
+"""Start of a rank: read the invitation, join the others, serve until told to stop."""
+
+import os
+import sys
+
+import torch
+
+from comfy_xdit.messages import Failure, Ready
+from comfy_xdit.rpc import Invitation, Rank
+from worker import lifeline
+
+
+def main() -> None:
+    """Run one rank. Standard input carries the invitation and, by its end, the host's end."""
+    invitation = Invitation.read(_line(sys.stdin.fileno()))
+    lifeline.follow(invitation.host_pid, sys.stdin.fileno())
+    end = Rank(invitation)
+    try:
+        serve_commands(end, invitation)
+    except ImportError as error:
+        end.send(0, Failure(type(error).__name__, f"{error}; install the pack's requirements.txt", "", False))
+        raise
+
+
+def serve_commands(end: Rank, invitation: Invitation) -> None:
+    """Load what a rank needs, say ready, and answer commands."""
+    # Imported here: a missing package is then a Failure on the node instead of a silent end.
+    from worker.engine import Engine
+    from worker.loop import serve
+    from worker.parallel import Degrees, RankGroups
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    degrees = Degrees(invitation.degrees["cfg_parallel_degree"], invitation.degrees["ulysses_degree"])
+    groups = RankGroups(end, degrees, device)
+    engine = Engine(groups)
+    end.send(0, Ready(engine.report()))
+    serve(end, engine.handlers(), device, groups.agree)
+
+
+def _line(descriptor: int) -> bytes:
+    """One line, byte by byte: a buffered reader would hide what follows from the lifeline."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(descriptor, 1)
+        if not byte:
+            os._exit(lifeline.HOST_GONE)
+        line += byte
+    return line
+
+
+if __name__ == "__main__":
+    main()
+    # Threads of torch.distributed may outlive their groups and hold the interpreter.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,144 @@
+"""Weights on disk: headers first, tensors by name and slice afterwards. safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from comfy_xdit.errors import InvalidInput
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+QUANTISED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of the model comes from: rows `start` to `stop` of `key` in the file.
+
+    `swap` exchanges the halves: Stability and BFL store (shift, scale), diffusers (scale, shift).
+    """
+
+    key: str
+    start: int | None = None
+    stop: int | None = None
+    swap: bool = False
+
+
+class Checkpoint:
+    """One or several safetensors files read as one, without the prefix a full checkpoint adds."""
+
+    def __init__(self, files: Iterable[Path]):
+        self._files = list(files)
+        self._place: dict[str, tuple[Path, str]] = {}
+        self.shapes: Shapes = {}
+        self.dtypes: dict[str, str] = {}
+        for file in self._files:
+            self._read_header(file)
+        marks = [k for k in self._place if k.endswith(QUANTISED)]
+        if marks:
+            raise InvalidInput(
+                f"{self._files[0].name} holds quantised weights ({marks[0]}), which this version does "
+                "not read; choose the fp16, bf16 or plain fp8 file of the model."
+            )
+
+    @classmethod
+    def at(cls, path: Path) -> Checkpoint:
+        """The checkpoint at a file, or in a diffusers model folder.
+
+        Raises:
+            InvalidInput: nothing there, a pickle file, or a damaged file.
+        """
+        if path.is_file():
+            return cls([path])
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            pickles = [f.name for f in path.glob("*") if f.suffix in PICKLES]
+            hint = f"; it holds {pickles[0]}: {_how_to_convert()}" if pickles else ""
+            raise InvalidInput(f"no .safetensors file in {path}{hint}")
+        plain = [f for f in files if ".fp16." not in f.name and ".bf16." not in f.name]
+        return cls(plain or files)
+
+    def tensors(self, mapping: dict[str, Source], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Read every mapped tensor as `dtype`, on CPU. Slices are read, not whole tensors."""
+        result: dict[str, torch.Tensor] = {}
+        for file in self._files:
+            with safe_open(file, framework="pt") as opened:
+                for name, source in mapping.items():
+                    place, key = self._place[source.key]
+                    if place == file:
+                        result[name] = _read(opened, key, source).to(dtype)
+        return result
+
+    def common_dtype(self) -> torch.dtype:
+        """The dtype most tensors have."""
+        counts: dict[str, int] = {}
+        for name in self.dtypes.values():
+            counts[name] = counts.get(name, 0) + 1
+        return _DTYPES.get(max(counts, key=counts.get), torch.float32)
+
+    def _read_header(self, file: Path) -> None:
+        if file.suffix in PICKLES:
+            raise InvalidInput(f"{file.name} is a pickle file, which can run code; {_how_to_convert()}")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - not a dict
+                    name = _without_prefix(key)
+                    part = opened.get_slice(key)
+                    self._place[name] = (file, key)
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = part.get_dtype()
+        except SafetensorError as error:
+            size = file.stat().st_size
+            raise InvalidInput(
+                f"{file.name} ({size} bytes) is damaged or not a safetensors file: {error}; download it again."
+            ) from error
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from disk. Raises InvalidInput when it is missing or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise InvalidInput(f"{file} is missing; choose a complete diffusers folder.") from error
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{file} is damaged: {error}; download it again.") from error
+
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.bfloat16,  # a storage format: computed in bf16
+    "F8_E5M2": torch.bfloat16,
+}
+
+
+def _read(opened: safe_open, key: str, source: Source) -> torch.Tensor:
+    if source.start is not None:
+        return opened.get_slice(key)[source.start : source.stop]
+    tensor = opened.get_tensor(key)
+    if source.swap:
+        first, second = tensor.chunk(2)
+        return torch.cat([second, first])
+    return tensor
+
+
+def _without_prefix(key: str) -> str:
+    for prefix in PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key
+
+
+def _how_to_convert() -> str:
+    return (
+        "convert it on a machine you trust: "
+        "torch.load(file, weights_only=True), then safetensors.torch.save_file(state_dict, new_file)"
+    )

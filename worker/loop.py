@@ -1,0 +1,71 @@
+"""Commands in, answers out. The one place where every exception of a rank is caught."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from comfy_xdit.errors import Interrupted, InvalidInput
+from comfy_xdit.messages import Cancelled, Failure, Result, Stop
+from comfy_xdit.rpc import Rank
+
+
+class Run:
+    """One command while it runs: reports steps and learns of an interrupt."""
+
+    def __init__(self, end: Rank, job: int, agree: Callable[[bool], bool]):
+        self._end, self._job, self._agree = end, job, agree
+        self.steps_done = 0
+
+    def step(self, step: int, steps: int, preview: torch.Tensor | None = None) -> None:
+        """Call on EVERY rank after every step. `preview` (rank 0): the denoised latent.
+
+        Raises:
+            Interrupted: the host asked to stop; on all ranks at the same step.
+        """
+        self.steps_done = step
+        asked = False
+        if self._end.rank == 0:
+            self._end.progress(self._job, step, steps, preview)
+            asked = self._end.interrupted(self._job)
+        if self._agree(asked):
+            raise Interrupted(f"interrupted at step {step}")
+
+
+def serve(
+    end: Rank,
+    handlers: dict[type, Callable[[Any, Run], Any]],
+    device: torch.device,
+    agree: Callable[[bool], bool],
+) -> None:
+    """Answer commands until the host says stop.
+
+    Args:
+        handlers: what to do for each message type; gets the message and its Run.
+        device: where the tensors of a command are put.
+        agree: rank 0's flag, given to every rank.
+    """
+    while True:
+        job, message = end.receive(device)
+        if isinstance(message, Stop):
+            return
+        run = Run(end, job, agree)
+        end.send(job, _answer(handlers[type(message)], message, run))
+
+
+def _answer(handler: Callable[[Any, Run], Any], message: Any, run: Run) -> Result | Failure | Cancelled:
+    began = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            value = handler(message, run)
+        return Result(value, time.perf_counter() - began)
+    except Interrupted:
+        return Cancelled(run.steps_done)
+    except InvalidInput as error:
+        return Failure(type(error).__name__, str(error), traceback.format_exc(), invalid=True)
+    except Exception as error:
+        return Failure(type(error).__name__, str(error), traceback.format_exc(), invalid=False)

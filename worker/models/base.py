@@ -1,0 +1,135 @@
+"""What a family of diffusion transformers must say about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from comfy_xdit.errors import InvalidInput
+from worker.checkpoints import Shapes, Source
+from worker.parallel import TokenLayout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How ComfyUI samples this family: `kind` is "discrete_flow" or "flux"."""
+
+    kind: str
+    shift: float
+    multiplier: float
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """scaled = (latent - shift_factor) * scale_factor; ComfyUI's constants of the family."""
+
+    scale_factor: float
+    shift_factor: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of the diffusers transformer, and what the engine must know about them."""
+
+    kwargs: dict[str, Any]
+    image_tokens: int
+    text_tokens: int
+
+
+class ModelFamily(ABC):
+    """One family: told by its tensors, built as its diffusers class, called as ComfyUI calls it."""
+
+    name: str
+    layout: TokenLayout
+    latent_format: LatentFormat
+    # Keyword arguments of ComfyUI's transformer that the family takes; any other is refused.
+    conditions: frozenset[str]
+
+    @abstractmethod
+    def detect(self, shapes: Shapes) -> bool:
+        """True when a checkpoint with these tensors, in either naming, is of this family."""
+
+    @abstractmethod
+    def config(self, shapes: Shapes) -> dict[str, Any]:
+        """Arguments of the diffusers class, derived from tensor shapes."""
+
+    @abstractmethod
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        """The diffusers transformer, without weights."""
+
+    @abstractmethod
+    def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
+        """For every tensor of the diffusers class its source in the file."""
+
+    @abstractmethod
+    def sampling(self, config: dict[str, Any]) -> Sampling:
+        """How ComfyUI samples this model."""
+
+    @abstractmethod
+    def latent_channels(self, config: dict[str, Any]) -> int:
+        """Channels of the latent the transformer takes."""
+
+    @abstractmethod
+    def call(
+        self, config: dict[str, Any], x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]
+    ) -> Call:
+        """ComfyUI's call in diffusers' terms. `x` is padded to whole patches already."""
+
+    @abstractmethod
+    def output(self, config: dict[str, Any], sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """diffusers' output as a latent shaped like `x`."""
+
+    def check_conditions(self, conditions: dict[str, Any]) -> dict[str, Any]:
+        """The conditions that are set. Raises InvalidInput for one the family does not take."""
+        given = {k: v for k, v in conditions.items() if v is not None}
+        unknown = sorted(set(given) - self.conditions)
+        if unknown:
+            raise InvalidInput(
+                f"the conditioning carries {', '.join(unknown)}, which {self.name} in the ranks does not "
+                f"take (it takes {', '.join(sorted(self.conditions))}); remove the node that adds it."
+            )
+        return given
+
+    def tensor(self, conditions: dict[str, Any], name: str, width: int) -> torch.Tensor:
+        """A condition whose last dimension is `width`. Raises InvalidInput otherwise."""
+        value = conditions.get(name)
+        if not isinstance(value, torch.Tensor):
+            raise InvalidInput(
+                f"the conditioning has no {name}; encode the prompt with the text encoders of {self.name}."
+            )
+        if value.shape[-1] != width:
+            raise InvalidInput(
+                f"{name} is {value.shape[-1]} wide, {self.name} takes {width}; encode the prompt with the "
+                f"text encoders of {self.name} (another model's CLIP does not fit)."
+            )
+        return value
+
+
+def depth(shapes: Shapes, prefix: str) -> int:
+    """How many numbered blocks there are under `prefix`."""
+    numbers = {int(k[len(prefix) :].split(".", 1)[0]) for k in shapes if k.startswith(prefix)}
+    return max(numbers) + 1 if numbers else 0
+
+
+def whole(key_to: str, key_from: str) -> dict[str, Source]:
+    """Weight and bias under another name."""
+    return {f"{key_to}.{part}": Source(f"{key_from}.{part}") for part in ("weight", "bias")}
+
+
+def rows(targets: tuple[str, ...], key_from: str, sizes: tuple[int, ...]) -> dict[str, Source]:
+    """A fused projection's weight and bias cut into `targets` of so many rows."""
+    result, start = {}, 0
+    for target, size in zip(targets, sizes, strict=True):
+        for part in ("weight", "bias"):
+            result[f"{target}.{part}"] = Source(f"{key_from}.{part}", start, start + size)
+        start += size
+    return result
+
+
+def swapped(key_to: str, key_from: str) -> dict[str, Source]:
+    """Weight and bias with their halves exchanged."""
+    return {f"{key_to}.{part}": Source(f"{key_from}.{part}", swap=True) for part in ("weight", "bias")}

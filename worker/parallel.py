@@ -1,0 +1,231 @@
+"""The ranks' process groups, and how tokens and batches are spread over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from comfy_xdit.rpc import Rank
+from worker import xfuser_compat
+
+# Longer than any step; a hung peer is found by the host long before.
+COLLECTIVE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """The degrees of this group. `branches` is CFG parallel: ranks that take different batches."""
+
+    branches: int
+    ulysses: int
+
+    @property
+    def sequence(self) -> int:
+        return self.ulysses
+
+
+class RankGroups:
+    """This rank's place among the ranks. Made once per process: a new layout is new processes."""
+
+    def __init__(self, end: Rank, degrees: Degrees, device: torch.device):
+        self.rank, self.world_size, self.degrees, self.device = end.rank, end.world_size, degrees, device
+        self._control: dist.ProcessGroup | None = None
+        if self.world_size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=end.group_store(), rank=self.rank, world_size=self.world_size,
+                timeout=COLLECTIVE,
+            )  # fmt: skip
+            self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE)
+            self._join_xfuser()
+
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's flag, on every rank. On gloo: it works whatever the GPUs are doing."""
+        if self._control is None:
+            return flag
+        word = torch.tensor([flag], dtype=torch.int32)
+        dist.broadcast(word, 0, group=self._control)
+        return bool(word.item())
+
+    @property
+    def branch(self) -> int:
+        """Which branch (part of a batch, or side of guidance) this rank computes."""
+        return self.rank // self.degrees.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of the tokens this rank computes."""
+        return self.rank % self.degrees.sequence
+
+    def gather_branches(self, output: torch.Tensor) -> list[torch.Tensor]:
+        """Every branch's output, in branch order; all of one shape."""
+        from xfuser.core.distributed import get_dp_group
+
+        return list(get_dp_group().all_gather(output.contiguous(), dim=0).chunk(self.degrees.branches))
+
+    def gather_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Concatenate every sequence rank's tokens (B, n, D) along dim 1."""
+        from xfuser.core.distributed import get_sp_group
+
+        return get_sp_group().all_gather(tokens.contiguous(), dim=1)
+
+    def _join_xfuser(self) -> None:
+        """B6: xfuser's own CFG group gives wrong shapes for Flux; its data-parallel group is right."""
+        xfuser_compat.import_xfuser()
+        from xfuser.core import distributed
+
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        distributed.init_distributed_environment(backend=backend, local_rank=int(os.environ["LOCAL_RANK"]))
+        distributed.initialize_model_parallel(
+            data_parallel_degree=self.degrees.branches,
+            sequence_parallel_degree=self.degrees.sequence,
+            ulysses_degree=self.degrees.ulysses,
+            ring_degree=1,
+            backend=backend,
+        )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`length` tokens in `ranks` parts of one size; the last parts may hold padding."""
+
+    length: int
+    ranks: int
+
+    @property
+    def size(self) -> int:
+        """Tokens per rank, padding included."""
+        return -(-self.length // self.ranks)
+
+    @property
+    def padding(self) -> int:
+        """Padding tokens over all ranks."""
+        return self.size * self.ranks - self.length
+
+    def valid(self, rank: int) -> int:
+        """True tokens in the part of `rank`."""
+        return min(max(self.length - rank * self.size, 0), self.size)
+
+    def take(self, tokens: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
+        """The part of `rank`, zero-padded to `size`."""
+        start, count = min(rank * self.size, self.length), self.valid(rank)
+        part = tokens.narrow(dim, start, count)
+        if count == self.size:
+            return part.contiguous()
+        shape = list(part.shape)
+        shape[dim] = self.size - count
+        return torch.cat([part, part.new_zeros(shape)], dim)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a family's joint attention orders its two streams, and what the hooks attach to."""
+
+    text_first: bool
+    first_block: str
+    last_norm: str
+    rotary: str | None = None
+
+
+class SequenceParallel:
+    """Splits a diffusers transformer's tokens over the sequence ranks, inside its own forward.
+
+    The model's forward stays diffusers'. Three hooks do the work: the first block gets this rank's
+    part of image and text tokens, rotary tables are cut alike, and the last norm gets all image
+    tokens back. Attention in between is xfuser's (USP), which exchanges heads for tokens.
+    """
+
+    def __init__(self, groups: RankGroups, transformer: nn.Module, layout: TokenLayout):
+        self._groups, self._layout = groups, layout
+        self._image = self._text = Shard(0, 1)
+        for module in transformer.modules():
+            if hasattr(module, "processor"):
+                module.processor = xfuser_compat.parallel_processor(module)
+        transformer.get_submodule(layout.first_block).register_forward_pre_hook(self._split, with_kwargs=True)
+        transformer.get_submodule(layout.last_norm).register_forward_pre_hook(self._gather)
+        if layout.rotary is not None:
+            transformer.get_submodule(layout.rotary).register_forward_hook(self._split_rotary)
+        _start_runtime_state(transformer)
+
+    @contextmanager
+    def tokens(self, image: int, text: int) -> Iterator[None]:
+        """Within, the transformer is called with so many image and text tokens."""
+        ranks = self._groups.degrees.sequence
+        self._image, self._text = Shard(image, ranks), Shard(text, ranks)
+        with xfuser_compat.valid_keys(self._valid_keys()):
+            yield
+
+    def _split(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rank = self._groups.sequence_rank
+        kwargs["hidden_states"] = self._image.take(kwargs["hidden_states"], rank)
+        kwargs["encoder_hidden_states"] = self._text.take(kwargs["encoder_hidden_states"], rank)
+        return args, kwargs
+
+    def _split_rotary(self, _module: nn.Module, _args: Any, tables: tuple[torch.Tensor, ...]) -> Any:
+        rank, text = self._groups.sequence_rank, self._text.length
+        return tuple(
+            torch.cat([self._text.take(t[:text], rank, 0), self._image.take(t[text:], rank, 0)])
+            for t in tables
+        )
+
+    def _gather(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        hidden_states, *rest = args
+        return (self._groups.gather_tokens(hidden_states)[:, : self._image.length], *rest)
+
+    def _valid_keys(self) -> dict[int, torch.Tensor]:
+        """Positions of true tokens after the exchange: joint attention, and image tokens alone."""
+        streams = (self._text, self._image) if self._layout.text_first else (self._image, self._text)
+        valid = {}
+        for shards in (streams, (self._image,)):
+            if any(shard.padding for shard in shards):
+                valid[sum(s.size for s in shards) * self._image.ranks] = self._positions(shards)
+        return valid
+
+    def _positions(self, shards: tuple[Shard, ...]) -> torch.Tensor:
+        mask = []
+        for rank in range(self._image.ranks):
+            for shard in shards:
+                count = shard.valid(rank)
+                mask += [True] * count + [False] * (shard.size - count)
+        return torch.tensor(mask, device=self._groups.device).nonzero().flatten()
+
+
+def _start_runtime_state(transformer: nn.Module) -> None:
+    """xfuser's attention asks a global state for its backend; it wants a pipeline to be made of."""
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import get_sequence_parallel_world_size
+    from xfuser.core.distributed import runtime_state as state
+
+    if state._RUNTIME is not None:
+        return
+    pipeline = type("FluxPipeline", (SimpleNamespace,), {})(transformer=transformer, vae_scale_factor=8)
+    degree = get_sequence_parallel_world_size()
+    config, _ = xFuserArgs(
+        model="comfy_xdit", ulysses_degree=degree, data_parallel_degree=dist.get_world_size() // degree
+    ).create_config()
+    config.runtime_config.dtype = next(transformer.parameters()).dtype  # S8: fp16 by default
+    state.initialize_runtime_state(pipeline, config)
+    state.get_runtime_state().split_text_embed_in_sp = True
+    # Flux's processor reads it in every call, and uses it under PipeFusion only.
+    state.get_runtime_state().max_condition_sequence_length = 0
+
+
+def spread(groups: RankGroups, calls: list[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+    """Results of independent calls of the transformer, each computed by one branch.
+
+    Args:
+        calls: each gives a tensor of the same shape. With as many branches as calls each branch
+            computes its own; otherwise every branch computes all of them.
+    """
+    if groups.degrees.branches == 1 or len(calls) != groups.degrees.branches:
+        return [call() for call in calls]
+    return groups.gather_branches(calls[groups.branch]())

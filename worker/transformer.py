@@ -1,0 +1,170 @@
+"""A loaded diffusion transformer: built from tensor shapes, called as ComfyUI calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.spec import ModelSpec
+from worker.checkpoints import Checkpoint, read_json
+from worker.models import detect
+from worker.models.base import ModelFamily
+from worker.parallel import RankGroups, SequenceParallel, spread
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PATCH = 2  # latent pixels per token side, of every family here
+
+
+class Transformer:
+    """One family's diffusers transformer on this rank's device, with its tokens spread if asked."""
+
+    def __init__(self, spec: ModelSpec, groups: RankGroups):
+        self._groups = groups
+        folder = _model_folder(Path(spec.path))
+        checkpoint = Checkpoint.at(folder)
+        self.family: ModelFamily = detect(checkpoint.shapes, spec.path)
+        self.config = self._config(checkpoint, folder)
+        self._check_heads()
+        self.dtype = _dtype(spec.weight_dtype, checkpoint, groups.device)
+        self._checkpoint, self._tokens = checkpoint, None
+        self._mapping = self.family.mapping(checkpoint.shapes, self.config)
+        with init_empty_weights():
+            self.module = self.family.build(self.config)
+        _check_complete(self.module, self._mapping, checkpoint, spec.path)
+
+    def load(self) -> None:
+        """Read the weights. Everything that can be wrong with the file was checked before."""
+        self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
+        self.module.to(self._groups.device).eval().requires_grad_(False)
+        if self._groups.degrees.sequence > 1:
+            self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
+
+    def describe(self) -> dict[str, Any]:
+        """What the host needs to know: plain values only."""
+        sampling, latent = self.family.sampling(self.config), self.family.latent_format
+        return {
+            "family": self.family.name,
+            "latent_channels": self.family.latent_channels(self.config),
+            "context_dim": self.config["joint_attention_dim"],
+            "pooled_dim": self.config["pooled_projection_dim"],
+            "guidance": bool(self.config.get("guidance_embeds", False)),
+            "heads": self.config["num_attention_heads"],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "sampling": {"kind": sampling.kind, "shift": sampling.shift, "multiplier": sampling.multiplier},
+            "latent_format": {
+                "scale_factor": latent.scale_factor,
+                "shift_factor": latent.shift_factor,
+            },
+        }
+
+    def predict(self, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]) -> torch.Tensor:
+        """The transformer's output for (B, C, H, W), in x's dtype. All sequence ranks call it alike."""
+        height, width = x.shape[-2:]
+        padded = _to_whole_patches(x.to(self.dtype))
+        call = self.family.call(self.config, padded, timestep, conditions)
+        if self._tokens is None:
+            (sample,) = self.module(**call.kwargs, return_dict=False)
+        else:
+            with self._tokens.tokens(call.image_tokens, call.text_tokens):
+                (sample,) = self.module(**call.kwargs, return_dict=False)
+        return self.family.output(self.config, sample, padded)[..., :height, :width].to(x.dtype)
+
+    def predict_batch(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]
+    ) -> torch.Tensor:
+        """As `predict`, with the batch spread over the branches when they divide it."""
+        branches, batch = self._groups.degrees.branches, x.shape[0]
+        if branches == 1 or batch % branches:
+            return self.predict(x, timestep, conditions)
+
+        def part(branch: int) -> torch.Tensor:
+            def cut(value: Any) -> Any:
+                batched = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch
+                return value.chunk(branches)[branch] if batched else value
+
+            return self.predict(cut(x), cut(timestep), {k: cut(v) for k, v in conditions.items()})
+
+        calls = [lambda branch=branch: part(branch) for branch in range(branches)]
+        return torch.cat(spread(self._groups, calls))
+
+    def check(self, x: torch.Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+        """The conditions that are set. Raises InvalidInput before any rank has begun to compute."""
+        channels = self.family.latent_channels(self.config)
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise InvalidInput(
+                f"the latent has shape {tuple(x.shape)}, {self.family.name} takes (batch, {channels}, height, "
+                f"width); make it with an empty latent node for {channels} channels."
+            )
+        if not torch.isfinite(x).all():
+            raise InvalidInput(
+                "the latent holds values that are not finite (NaN or infinity); check the node that made it."
+            )
+        conditions = self.family.check_conditions(conditions)
+        self.family.call(self.config, _to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
+        return conditions
+
+    def _config(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+        try:
+            config = self.family.config(checkpoint.shapes)
+        except (KeyError, ValueError, IndexError) as error:
+            raise InvalidInput(
+                f"{folder} looks like {self.family.name}, but lacks {error}; choose a complete file."
+            ) from error
+        stored = folder / "config.json" if folder.is_dir() else None
+        if stored is not None and stored.exists():
+            # Shapes cannot tell everything (heads without a norm, rope axes): the folder's word wins.
+            words = read_json(stored)
+            config |= {key: words[key] for key in config if key in words and key != "dual_attention_layers"}
+        return config
+
+    def _check_heads(self) -> None:
+        heads, ulysses = self.config["num_attention_heads"], self._groups.degrees.ulysses
+        if heads % ulysses:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0 and n <= self._groups.world_size]
+            raise InvalidInput(
+                f"ulysses_degree {ulysses} does not divide the {heads} attention heads of this "
+                f"{self.family.name}; set ulysses_degree to {' or '.join(map(str, fits))}."
+            )
+
+
+def _model_folder(path: Path) -> Path:
+    """The transformer's folder of a pipeline; anything else is itself."""
+    return path / "transformer" if (path / "model_index.json").exists() else path
+
+
+def _dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if name != "default":
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else checkpoint.common_dtype()
+
+
+def _check_complete(
+    module: torch.nn.Module, mapping: dict[str, Any], checkpoint: Checkpoint, path: str
+) -> None:
+    """Every tensor of the model is in the file, in the right shape; nothing is left at random."""
+    for name, wanted in module.state_dict().items():
+        source = mapping.get(name)
+        if source is None or source.key not in checkpoint.shapes:
+            raise InvalidInput(f"{path} lacks the tensor {source.key if source else name}; the file is incomplete.")
+        shape = checkpoint.shapes[source.key]
+        if source.start is not None:
+            shape = (max(0, min(source.stop, shape[0]) - source.start), *shape[1:])
+        if tuple(wanted.shape) != shape:
+            raise InvalidInput(
+                f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
+                "damaged or of a variant this version does not know."
+            )
+
+
+def _to_whole_patches(x: torch.Tensor) -> torch.Tensor:
+    """Pad height and width to whole patches, circularly as ComfyUI does; `predict` cuts it off again."""
+    height, width = x.shape[-2:]
+    down, right = -height % PATCH, -width % PATCH
+    if not (down or right):
+        return x
+    return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")
