@@ -6,7 +6,6 @@ here know their run by the hidden input FOLDERS.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -21,7 +20,6 @@ from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
 
 MAX_SIDE = 16384
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
-LATENT_PIXELS = 8  # pixels to one place of a latent
 UPSCALE = ["nearest-exact", "bilinear", "area", "bicubic"]
 _EMBEDDING = re.compile(r"\bembedding:\S+")
 
@@ -295,19 +293,18 @@ class SaveImage:
         return {"ui": {"images": pictures.save(images, filename_prefix, folders, prompt, extra_pnginfo)}}
 
 
-class PreviewImage:
-    """Ends a graph as SaveImage does. Nobody looks on here, so nothing is written."""
-
-    RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "preview", True
+class PreviewImage(SaveImage):
+    """Ends a graph as SaveImage does. There is no window to show it in, so it becomes a file as well."""
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Pictures."""
-        return {"required": {"images": ("IMAGE",)}}
+        inputs = super().INPUT_TYPES()
+        return {**inputs, "required": {"images": inputs["required"]["images"]}}
 
-    def preview(self, images: torch.Tensor) -> dict[str, Any]:
-        """Nothing to show."""
-        return {"ui": {"images": []}}
+    def save_images(self, images: torch.Tensor, **run: Any) -> dict[str, Any]:
+        """Write ComfyUI_preview_00001_.png ..."""
+        return super().save_images(images, "ComfyUI_preview", **run)
 
 
 def encode_prompt(clip: RemoteTextEncoders, texts: dict[str, str]) -> list[Any]:

@@ -44,8 +44,8 @@ def read_workflow(path: Path, classes: Classes) -> WorkflowFile:
         isinstance(node, dict) and "class_type" in node for node in content.values()
     ):
         raise InvalidInput(
-            f"{path} is no ComfyUI workflow: it has neither `nodes` (UI format) nor nodes with a `class_type` "
-            "(API format)."
+            f"{path} is no ComfyUI workflow: it has neither `nodes` (UI format) nor nodes with a "
+            "`class_type` (API format)."
         )
     return WorkflowFile(content)
 

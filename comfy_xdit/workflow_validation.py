@@ -189,8 +189,8 @@ def _link_problems(
 
 
 def _types_fit(given: Any, taken: Any) -> bool:
-    # Wildcard types of node packs are strings whose `!=` is always false.
-    if not given != taken:
+    # Wildcard types of node packs are strings whose `!=` is always false; their `==` is not changed.
+    if not given != taken:  # noqa: SIM202
         return True
     if not isinstance(given, str) or not isinstance(taken, str):
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ def native_state_dict(family: ModelFamily, module: nn.Module, config: dict) -> d
     native: dict[str, torch.Tensor] = {}
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
     shapes = _native_marker(family, config)
-    for name, source in family.mapping(shapes, {**dict(module.config), **config}).items():
+    for name, source in family.mapping(shapes, dict(module.config)).items():
         tensor = ours[name]
         if source.swap:
             first, second = tensor.chunk(2)
@@ -73,6 +74,14 @@ def write_native(family: ModelFamily, module: nn.Module, config: dict, file: Pat
     tensors = native_state_dict(family, module, config)
     save_file({prefix + k: v.contiguous() for k, v in tensors.items()}, file)
     return file
+
+
+def reference(family: ModelFamily, module: nn.Module, x: torch.Tensor, timestep: torch.Tensor, given: dict) -> Any:
+    """Plain diffusers on ComfyUI's arguments; `x` has whole patches."""
+    call = family.call(dict(module.config), x, timestep, given)
+    with torch.no_grad():
+        (sample,) = module(**call.kwargs, return_dict=False)
+    return family.output(dict(module.config), sample, x)
 
 
 def conditions(family: ModelFamily, config: dict, text: int, batch: int = 1, seed: int = 7) -> dict[str, torch.Tensor]:

@@ -1,4 +1,7 @@
-"""Our noise levels against those of a real ComfyUI: run with its Python and COMFYUI_DIR set."""
+"""Our noise levels against those of a real ComfyUI: run with its Python and COMFYUI_DIR set.
+
+Beside a torch without CUDA also with PYTHONPATH=tests/comfyui/shim.
+"""
 
 import os
 import sys
@@ -21,19 +24,7 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="session")
-def torchvision_operators():
-    """A torchvision built for CUDA does not import on a CPU torch unless these names exist."""
-    if torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
-        yield
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield library  # the names live as long as this object
-
-
-@pytest.fixture(scope="session")
-def comfy(torchvision_operators):
+def comfy():
     """The modules `comfy.samplers` and `comfy.model_sampling` of the checkout, on CPU."""
     sys.path.insert(0, os.environ["COMFYUI_DIR"])
     try:

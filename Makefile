@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+COMFYUI_VENV := .venv-comfyui
+PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-comfyui bench parity lint clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m comfy_xdit demo
+
+test: $(VENV)/.ready lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+parity: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.parity
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.bridge
+
+# The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
+test-comfyui: $(COMFYUI_VENV)/.ready
+	@test -n "$(COMFYUI_DIR)" || { echo "set COMFYUI_DIR to a ComfyUI checkout"; exit 2; }
+	COMFYUI_DIR="$(COMFYUI_DIR)" $(COMFYUI_VENV)/bin/python -m pytest tests/comfyui
+
+# The constraint file pins torch, so that no dependency pulls another build of it.
+$(VENV)/.ready: pyproject.toml requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) torch
+	$(BIN)/pip install $(PIP_FLAGS) --requirement requirements.txt --editable ".[test]"
+	touch $@
+
+$(COMFYUI_VENV)/.ready: pyproject.toml requirements.txt constraints.txt
+	@test -n "$(COMFYUI_DIR)" || { echo "set COMFYUI_DIR to a ComfyUI checkout"; exit 2; }
+	$(PYTHON) -m venv $(COMFYUI_VENV)
+	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) torch
+	grep -vE '^(torch|torchvision|torchaudio)$$' "$(COMFYUI_DIR)/requirements.txt" > $(COMFYUI_VENV)/comfyui.txt
+	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) --requirement $(COMFYUI_VENV)/comfyui.txt requests
+	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) --no-deps torchvision
+	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) --requirement requirements.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(COMFYUI_VENV) output build *.egg-info

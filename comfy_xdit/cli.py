@@ -1,0 +1,111 @@
+"""The command `comfy-xdit`: run a workflow without a ComfyUI server, and say what is missing.
+
+Exit codes: 0 done, 1 a rank failed (or doctor found something missing), 2 the workflow, a value or
+a file is at fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from comfy_xdit import __version__
+from comfy_xdit.errors import Interrupted, InvalidInput, XDiTError
+
+DONE, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        arguments: words after the command's name; those of this process by default.
+    """
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.command(chosen)
+    except KeyboardInterrupt:  # the second Ctrl-C: the ranks end with this process
+        print("comfy-xdit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except XDiTError as error:
+        print(f"comfy-xdit: {error}", file=sys.stderr)
+        return _exit_code(error)
+
+
+def _exit_code(error: XDiTError) -> int:
+    reason = error.__cause__ if isinstance(error.__cause__, XDiTError) else error
+    if isinstance(reason, InvalidInput):
+        return INVALID
+    return INTERRUPTED if isinstance(reason, Interrupted) else FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="comfy-xdit", description="ComfyUI workflows on all your GPUs, without a ComfyUI server."
+    )
+    parser.add_argument("--version", action="version", version=f"comfy_xdit {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a workflow file and write its pictures")
+    run.add_argument("workflow", type=Path, help="JSON as ComfyUI saves or exports it (UI or API format)")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="ID.INPUT=VALUE",
+        help="put a value into a node first, e.g. --set 3.seed=7 --set 6.text='a red circle'; repeatable",
+    )
+    run.add_argument("--output", type=Path, default=Path("output"), help="folder for pictures (./output)")
+    run.add_argument(
+        "--input", type=Path, action="append", default=[], help="folder where LoadImage looks; repeatable"
+    )
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors and written files")
+    run.set_defaults(command=_run)
+
+    doctor = commands.add_parser("doctor", help="say what this machine has and what is missing")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    from comfy_xdit.workflow import run_file  # imports torch: seconds that --help need not cost
+
+    with _cooperative_interrupt():
+        finished = run_file(
+            chosen.workflow, tuple(chosen.set), chosen.output, tuple(chosen.input), chosen.quiet
+        )
+    if not chosen.quiet:
+        print(f"done in {sum(finished.seconds.values()):.1f} s", file=sys.stderr)
+    for path in finished.files:
+        print(path)
+    return DONE
+
+
+def _doctor(_chosen: argparse.Namespace) -> int:
+    from comfy_xdit.doctor import examine
+
+    healthy = True
+    for finding in examine():
+        print(finding)
+        healthy = healthy and finding.fine
+    return DONE if healthy else FAILED
+
+
+@contextlib.contextmanager
+def _cooperative_interrupt() -> Iterator[None]:
+    """Ctrl-C asks the ranks to stop at their next step; a second one ends this process."""
+    from comfy_xdit.headless import request_interrupt
+
+    def ask(_number: int, _frame: object) -> None:
+        request_interrupt()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,116 @@
+"""Looks at this Python and this machine: what the pack needs, what is there, do ranks start."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from comfy_xdit.environment import ROOT
+from comfy_xdit.errors import InvalidInput, XDiTError
+
+REQUIREMENTS = ROOT / "requirements.txt"
+TORCH = "torch>=2.8"  # in no requirements file: a pack must never replace the torch a ComfyUI has
+_REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*([^#;]*)")
+_BOUND = re.compile(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)")
+_COMPARISONS = {
+    ">=": lambda have, limit: have >= limit,
+    "<=": lambda have, limit: have <= limit,
+    "==": lambda have, limit: have[: len(limit)] == limit,
+    "<": lambda have, limit: have < limit,
+    ">": lambda have, limit: have > limit,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `fine` is False for what keeps the pack from working."""
+
+    text: str
+    fine: bool = True
+
+    def __str__(self) -> str:
+        return f"[{'ok' if self.fine else '!!'}] {self.text}"
+
+
+def examine() -> Iterator[Finding]:
+    """Findings in the order a person would look: Python, packages, devices, ranks."""
+    yield Finding(f"Python {platform.python_version()} at {sys.executable}")
+    packages = [package_finding(line) for line in [TORCH, *_requirement_lines()]]
+    yield from packages
+    if not all(package.fine for package in packages):
+        return  # ranks cannot start; what to do is said already
+    yield from device_findings()
+    yield rank_finding()
+
+
+def package_finding(requirement: str) -> Finding:
+    """Is the package of a line such as "xfuser>=0.7.0,<0.8" installed, in that version?"""
+    name, bounds = _REQUIREMENT.match(requirement).groups()
+    command = f"{sys.executable} -m pip install '{requirement}'"
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return Finding(f"{name} is not installed. Run: {command}", fine=False)
+    unmet = [
+        f"{sign}{limit}"
+        for sign, limit in _BOUND.findall(bounds)
+        if not _COMPARISONS[sign](_numbers(installed), _numbers(limit))
+    ]
+    if unmet:
+        return Finding(f"{name} is {installed}, needed is {', '.join(unmet)}. Run: {command}", fine=False)
+    return Finding(f"{name} {installed}")
+
+
+def device_findings() -> Iterator[Finding]:
+    """The devices ranks can be put on."""
+    import torch
+
+    from comfy_xdit.parallel import automatic, available_devices
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Finding(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    else:
+        built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+        yield Finding(f"no GPU (torch is {built}): ranks run on the CPU, {os.cpu_count()} cores")
+    yield Finding(f"strategy auto here: {automatic(available_devices()).describe()}")
+
+
+def rank_finding() -> Finding:
+    """Does a rank start, and how long does that take?"""
+    from comfy_xdit.group import WorkerGroup
+    from comfy_xdit.messages import Load
+    from comfy_xdit.parallel import ParallelConfig
+    from comfy_xdit.spec import ModelSpec
+
+    group = WorkerGroup(ParallelConfig())
+    try:
+        # A group starts at its first call. This one names nothing that can be loaded, and a rank
+        # that refuses it has started.
+        group.call(Load(ModelSpec(path="", kind="none")))
+    except InvalidInput:
+        return Finding(f"a rank started in {group.start_seconds:.1f} s: {group.reports[0]['device']}")
+    except XDiTError as error:
+        return Finding(f"a rank does not start: {error}", fine=False)
+    finally:
+        group.close()
+    return Finding("a rank started, but took nonsense for a model; report this as a bug.", fine=False)
+
+
+def _requirement_lines() -> list[str]:
+    if not REQUIREMENTS.is_file():
+        return []
+    lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line and not line.startswith("-")]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """2.13.0+cpu -> (2, 13, 0)."""
+    release = re.match(r"[0-9.]*", text).group()
+    return tuple(int(part) for part in release.split(".") if part)

@@ -1,0 +1,175 @@
+"""Pictures as files and as IMAGE tensors (B, H, W, 3) in 0..1, as ComfyUI's stock nodes treat them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from comfy_xdit.errors import InvalidInput
+
+COMPRESSION = 4  # ComfyUI's
+NO_MASK_SIDE = 64  # of the mask of a picture without transparency
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run reads and writes. `written` collects the files, in their order."""
+
+    output: Path
+    inputs: tuple[Path, ...] = (Path(),)
+    written: list[Path] = field(default_factory=list)
+
+    def find_input(self, name: str) -> Path:
+        """The file `name` in the first input folder that has it; an absolute path is itself.
+
+        Raises:
+            InvalidInput: no folder has it.
+        """
+        for folder in self.inputs:
+            if name and (folder / name).is_file():
+                return folder / name
+        searched = ", ".join(str(folder) for folder in self.inputs)
+        raise InvalidInput(f"no picture {name!r} in {searched}; name the folder it is in with --input.")
+
+
+def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every frame of a picture file that has the size of the first.
+
+    Returns:
+        (B, H, W, 3) in 0..1, and the mask (B, H, W), 1 where the picture is transparent;
+        (B, 64, 64) of zeros when it has no transparency.
+
+    Raises:
+        InvalidInput: the file is no picture, or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            frames = [ImageOps.exif_transpose(frame) for frame in ImageSequence.Iterator(image)]
+            if image.format == "MPO":  # the further frames are other views, not other pictures
+                frames = frames[:1]
+    except (UnidentifiedImageError, OSError) as error:
+        raise InvalidInput(f"{path} cannot be read as a picture: {error}; choose a PNG or JPEG.") from error
+    frames = [frame for frame in frames if frame.size == frames[0].size]
+    return torch.stack([_pixels(f) for f in frames]), torch.stack([_mask(f) for f in frames])
+
+
+def save(
+    images: torch.Tensor,
+    prefix: str,
+    folders: Folders,
+    prompt: dict[str, Any],
+    extra: Mapping[str, Any],
+) -> list[dict[str, str]]:
+    """Write each picture as `<prefix>_<number>_.png` behind those already there.
+
+    Args:
+        images: (B, H, W, 3) in 0..1.
+        prompt: the API workflow; becomes the text chunk "prompt".
+        extra: further text chunks by name, such as "workflow".
+
+    Returns:
+        ComfyUI's description of the files.
+
+    Raises:
+        InvalidInput: `prefix` leads out of the output folder.
+    """
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        shape = tuple(getattr(images, "shape", ()))
+        raise InvalidInput(f"images has the shape {shape}, not (batch, height, width, 3); connect an IMAGE.")
+    target = (folders.output / _filled_in(prefix, images)).resolve()
+    if not target.is_relative_to(folders.output.resolve()):
+        raise InvalidInput(f"filename_prefix {prefix!r} leads out of {folders.output}; take out the '..'.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    chunks = PngInfo()
+    for name, value in {"prompt": prompt, **extra}.items():
+        chunks.add_text(name, json.dumps(value))
+    described = []
+    for place, image in enumerate(images):
+        name = target.name.replace("%batch_num%", str(place))
+        path = target.with_name(f"{name}_{_next_number(target.parent, name):05}_.png")
+        levels = (image.float().cpu().numpy() * 255.0).clip(0, 255).astype(np.uint8)
+        Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels).save(
+            path, pnginfo=chunks, compress_level=COMPRESSION
+        )
+        folders.written.append(path)
+        subfolder = path.parent.relative_to(folders.output.resolve()).as_posix()
+        described.append({"filename": path.name, "subfolder": subfolder.removeprefix("."), "type": "output"})
+    return described
+
+
+def resized(image: torch.Tensor, method: str, width: int, height: int, crop: bool) -> torch.Tensor:
+    """(B, H, W, C) to (B, height, width, C). A side of 0 follows from the other; both 0 change nothing.
+
+    Args:
+        crop: cut to the new proportion around the centre first, instead of distorting.
+    """
+    if width == 0 and height == 0:
+        return image
+    old_height, old_width = image.shape[1:3]
+    width = width or max(1, round(old_width * height / old_height))
+    height = height or max(1, round(old_height * width / old_width))
+    if crop:
+        left = max(0, round((old_width - old_height * width / height) / 2))
+        top = max(0, round((old_height - old_width * height / width) / 2))
+        image = image[:, top : old_height - top, left : old_width - left]
+    channels_first = image.movedim(-1, 1)
+    return F.interpolate(channels_first, size=(height, width), mode=method).movedim(1, -1)
+
+
+def cropped_to_multiple(pixels: torch.Tensor, multiple: int) -> torch.Tensor:
+    """(B, H, W, C) cut around its centre to sides that `multiple` divides.
+
+    Raises:
+        InvalidInput: a side is shorter than `multiple`.
+    """
+    for axis in (1, 2):
+        side = pixels.shape[axis]
+        if side < multiple:
+            raise InvalidInput(
+                f"the picture is {pixels.shape[2]}x{pixels.shape[1]}; the VAE takes sides of {multiple} "
+                "pixels or more. Scale it up."
+            )
+        pixels = pixels.narrow(axis, side % multiple // 2, side - side % multiple)
+    return pixels
+
+
+def _pixels(frame: Image.Image) -> torch.Tensor:
+    if frame.mode == "I":  # 16 bit
+        frame = frame.point(lambda level: level * (1 / 255))
+    return torch.from_numpy(np.array(frame.convert("RGB")).astype(np.float32) / 255.0)
+
+
+def _mask(frame: Image.Image) -> torch.Tensor:
+    if frame.mode == "P" and "transparency" in frame.info:
+        frame = frame.convert("RGBA")
+    if "A" not in frame.getbands():
+        return torch.zeros(NO_MASK_SIDE, NO_MASK_SIDE)
+    return 1.0 - torch.from_numpy(np.array(frame.getchannel("A")).astype(np.float32) / 255.0)
+
+
+def _filled_in(prefix: str, images: torch.Tensor) -> str:
+    """`prefix` with ComfyUI's %width%, %height% and %year% ... %second% filled in."""
+    now = time.localtime()
+    values = {"width": str(images.shape[2]), "height": str(images.shape[1]), "year": str(now.tm_year)}
+    names = ("month", "day", "hour", "minute", "second")
+    values |= {name: f"{value:02}" for name, value in zip(names, now[1:6], strict=True)}
+    for name, value in values.items():
+        prefix = prefix.replace(f"%{name}%", value)
+    return prefix
+
+
+def _next_number(folder: Path, name: str) -> int:
+    pattern = re.compile(rf"{re.escape(name)}_(\d+)_?.*")
+    numbers = [int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name))]
+    return max(numbers, default=0) + 1

@@ -1,0 +1,176 @@
+"""Runs a workflow without a ComfyUI server: the pack's nodes, stand-ins for stock ones, in their order."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from comfy_xdit import headless
+from comfy_xdit.environment import ROOT
+from comfy_xdit.errors import InvalidInput, XDiTError
+from comfy_xdit.pictures import Folders
+from comfy_xdit.stock_nodes import NODE_CLASS_MAPPINGS as STOCK
+from comfy_xdit.workflow_format import WorkflowFile, override, read_workflow
+from comfy_xdit.workflow_validation import Classes, Workflow, execution_order, is_link
+
+PACK_MODULE = "comfy_xdit_nodes"  # the root nodes.py; "nodes" is ComfyUI's own
+Outputs = tuple[Any, ...]
+
+
+class NodeFailed(XDiTError):
+    """A node raised one of the pack's errors, which is the cause. The text names the node."""
+
+    def __init__(self, node: str, class_type: str, cause: XDiTError):
+        super().__init__(f"node {node} ({class_type}): {cause}")
+        self.node, self.class_type = node, class_type
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run made: the outputs of every node that ran, and the seconds each took."""
+
+    outputs: dict[str, Outputs]
+    seconds: dict[str, float]
+    files: list[Path]
+
+
+@cache
+def node_classes() -> Classes:
+    """Every node type known here, by name: the pack's and the stand-ins for stock ones.
+
+    Raises:
+        InvalidInput: the pack's nodes.py is not beside the package.
+    """
+    return {**STOCK, **_pack_classes()}
+
+
+def run_file(
+    path: Path,
+    settings: tuple[str, ...] = (),
+    output: Path = Path("output"),
+    inputs: tuple[Path, ...] = (),
+    quiet: bool = False,
+) -> Finished:
+    """Run a workflow file.
+
+    Args:
+        settings: `id.input=value` each, put into the workflow before it runs.
+        output: folder for pictures; made when it is not there.
+        inputs: folders where LoadImage looks, before the current one and the workflow's own.
+        quiet: show no progress.
+
+    Raises:
+        InvalidInput: the file, a setting or a value in the workflow cannot be used.
+        NodeFailed: a node could not do its work; why is its `__cause__`.
+    """
+    classes = node_classes()
+    workflow = read_workflow(path, classes)
+    for setting in settings:
+        override(workflow.api, setting, classes)
+    folders = Folders(output, (*inputs, Path(), path.resolve().parent))
+    return run(workflow, folders, classes, quiet)
+
+
+def run(workflow: WorkflowFile, folders: Folders, classes: Classes, quiet: bool = True) -> Finished:
+    """Check a workflow, then run every node its outputs need, each once.
+
+    Raises:
+        InvalidWorkflow: with everything that is wrong; nothing ran.
+        NodeFailed: a node could not do its work; why is its `__cause__`.
+        Interrupted: the person asked to stop between two nodes.
+    """
+    order = execution_order(workflow.api, classes)
+    for node in order:
+        _refuse_lists(classes[workflow.api[node]["class_type"]])
+    hidden = {
+        "PROMPT": workflow.api,
+        "EXTRA_PNGINFO": {} if workflow.ui is None else {"workflow": workflow.ui},
+        "FOLDERS": folders,
+    }
+    headless.forget_interrupt()
+    finished = Finished({}, {}, folders.written)
+    for node in order:
+        headless.raise_if_interrupted()
+        began = time.monotonic()
+        finished.outputs[node] = _run_node(workflow.api, node, classes, hidden, finished.outputs, quiet)
+        finished.seconds[node] = time.monotonic() - began
+    return finished
+
+
+def _run_node(
+    workflow: Workflow,
+    node: str,
+    classes: Classes,
+    hidden: dict[str, Any],
+    outputs: dict[str, Outputs],
+    quiet: bool,
+) -> Outputs:
+    class_type = workflow[node]["class_type"]
+    node_class = classes[class_type]
+    arguments = _arguments(node_class, workflow[node]["inputs"], {**hidden, "UNIQUE_ID": node}, outputs)
+    with tqdm(desc=f"{node} {class_type}", total=1, disable=quiet, file=sys.stderr, leave=True) as bar:
+
+        def show(step: int, steps: int) -> None:
+            bar.total, bar.n = steps, step
+            bar.refresh()
+
+        try:
+            with headless.showing_steps(show), torch.inference_mode():
+                answer = getattr(node_class(), node_class.FUNCTION)(**arguments)
+                if inspect.iscoroutine(answer):
+                    answer = asyncio.run(answer)
+        except XDiTError as error:
+            raise NodeFailed(node, class_type, error) from error
+        bar.n = bar.total
+    if isinstance(answer, dict):
+        answer = answer.get("result", ())
+    return tuple(answer or ())
+
+
+def _arguments(
+    node_class: type, inputs: dict[str, Any], hidden: dict[str, Any], outputs: dict[str, Outputs]
+) -> dict[str, Any]:
+    """What the node's function is called with: linked outputs, values, and what it asks for unseen."""
+    declared = node_class.INPUT_TYPES()
+    names = [*declared.get("required", {}), *declared.get("optional", {})]
+    arguments = {
+        name: outputs[str(inputs[name][0])][inputs[name][1]] if is_link(inputs[name]) else inputs[name]
+        for name in names
+        if name in inputs
+    }
+    for name, kind in declared.get("hidden", {}).items():
+        kind = kind[0] if isinstance(kind, tuple) else kind
+        arguments[name] = hidden.get(kind)
+    return arguments
+
+
+def _refuse_lists(node_class: type) -> None:
+    if getattr(node_class, "INPUT_IS_LIST", False) or any(getattr(node_class, "OUTPUT_IS_LIST", ())):
+        raise InvalidInput(
+            f"node type {node_class.__name__} works on lists, which only ComfyUI runs; run it there."
+        )
+
+
+def _pack_classes() -> Classes:
+    if PACK_MODULE not in sys.modules:
+        path = ROOT / "nodes.py"
+        if not path.is_file():
+            raise InvalidInput(
+                f"{path} is not there: workflows run from a checkout of comfy_xdit. Clone it, and "
+                "install it with `pip install -e`."
+            )
+        spec = importlib.util.spec_from_file_location(PACK_MODULE, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[PACK_MODULE] = module
+    return sys.modules[PACK_MODULE].NODE_CLASS_MAPPINGS

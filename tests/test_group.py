@@ -1,0 +1,260 @@
+"""The bridge and the group: calls, errors, interrupt, death, restart, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
+from comfy_xdit.group import WorkerGroup
+from comfy_xdit.messages import Denoise, Keep, Known, Load, Sample
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.spec import ModelSpec
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+TWO = ParallelConfig(ulysses_degree=2)
+
+
+@pytest.fixture(scope="module")
+def group():
+    group = WorkerGroup(TWO)
+    yield group
+    group.close()
+
+
+def long_run(model, steps: int = 400) -> Sample:
+    """A loop of many small steps: about a second of work per hundred."""
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = tiny.conditions(model.family, model.config, 8)
+    sigmas = torch.linspace(1.0, 0.0, steps + 1)
+    spec = ModelSpec.of(model.file, "transformer")
+    return Sample(spec, "euler", sigmas, noise * 0, noise, 1.0, given, None, 1000.0, previews=True)
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    """True when the process is gone (or a zombie) within `seconds`; waits on the process itself."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    try:
+        return bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(descriptor)
+
+
+def test_progress_and_previews_stream(group, tiny_models):
+    seen = []
+    group.call(long_run(tiny_models["sd3"], 10), on_progress=seen.append)
+    assert [p.step for p in seen] == list(range(1, 11))
+    previews = [p.preview for p in seen if p.preview is not None]
+    assert previews and all(p.shape == (1, 16, 8, 8) and torch.isfinite(p).all() for p in previews)
+
+
+def test_an_exception_carries_rank_type_and_traceback(group):
+    pids = list(group.pids)
+    unknown = Denoise(ModelSpec("nowhere", "nonsense"), torch.zeros(1), torch.zeros(1), {"y": Known(99)})
+    with pytest.raises(RemoteError) as caught:
+        group.call(unknown)
+    assert caught.value.kind == "KeyError" and "_resolve" in caught.value.traceback
+    assert group.pids == pids, "all ranks failed alike: they are in step and stay"
+
+
+def test_interrupt_stops_all_ranks_within_a_step_and_keeps_them(group, tiny_models):
+    steps = []
+    pids = list(group.pids)
+    with pytest.raises(Interrupted):
+        group.call(
+            long_run(tiny_models["sd3"], 5000),
+            on_progress=lambda p: steps.append((p.step, time.monotonic())),
+            interrupted=lambda: len(steps) >= 5,
+        )
+    assert len(steps) < 100, "at 50 ms between looks at the flag, a few small steps may pass"
+    assert group.call(long_run(tiny_models["sd3"], 2)).value.shape == (1, 16, 8, 8)
+    assert group.pids == pids
+
+
+def test_an_error_in_the_host_in_mid_call_leaves_the_ranks_idle(group, tiny_models):
+    pids = list(group.pids)
+
+    def fail(_progress):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        group.call(long_run(tiny_models["sd3"], 5000), on_progress=fail)
+    group.call(long_run(tiny_models["sd3"], 2))
+    assert group.pids == pids
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_an_error_in_two_seconds_and_the_next_call_runs(group, tiny_models, victim):
+    group.call(long_run(tiny_models["sd3"], 2))
+    killed = []
+
+    def kill_once(progress):
+        if progress.step == 5:
+            os.kill(group.pids[victim], signal.SIGKILL)
+            killed.append(time.monotonic())
+
+    with pytest.raises(WorkerDied, match=rf"rank {victim} .*SIGKILL[\s\S]*log") as caught:
+        group.call(long_run(tiny_models["sd3"], 5000), on_progress=kill_once)
+    assert time.monotonic() - killed[0] < 2.0, caught.value
+    assert group.call(long_run(tiny_models["sd3"], 2)).value.shape == (1, 16, 8, 8)
+
+
+def test_a_rank_that_died_between_calls_costs_no_error(group, tiny_models):
+    group.call(long_run(tiny_models["sd3"], 2))
+    process = psutil.Process(group.pids[1])
+    process.kill()
+    assert ends_within(process.pid, 5)
+    assert group.call(long_run(tiny_models["sd3"], 2)).value.shape == (1, 16, 8, 8)
+
+
+def test_no_memory_or_descriptor_grows_over_restarts(tiny_models):
+    group = WorkerGroup(ParallelConfig())
+    here = psutil.Process()
+    counts = []
+    for _ in range(4):
+        group.call(long_run(tiny_models["sd3"], 1))
+        group.close()
+        counts.append(here.num_fds())
+    assert counts[-1] <= counts[1], counts
+
+
+def listeners(pids: list[int]) -> list[str]:
+    return [
+        f"{c.laddr.ip}:{c.laddr.port}"
+        for pid in pids
+        for c in psutil.Process(pid).net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    ]
+
+
+def test_every_listener_is_on_loopback(group, tiny_models):
+    group.call(long_run(tiny_models["sd3"], 2))
+    found = listeners([os.getpid(), *group.pids])
+    assert found, "the store listens, so there is at least one"
+    assert all(place.startswith("127.0.0.1:") for place in found), found
+
+
+def test_a_message_without_the_secret_is_refused(tiny_models):
+    import torch.distributed as dist
+
+    group = WorkerGroup(ParallelConfig())
+    group.call(long_run(tiny_models["sd3"], 1))
+    port = int(listeners([os.getpid()])[-1].rsplit(":", 1)[1])
+    rogue = dist.TCPStore("127.0.0.1", port, None, False)
+    rogue.queue_push("events", b"x" * 32 + b'{"route": "events/0", "sequence": 0, "rank": 0}')
+    with pytest.raises(WorkerDied, match="bad signature"):
+        group.call(long_run(tiny_models["sd3"], 50))
+    group.close()
+
+
+def test_a_rank_sees_only_its_own_device_and_none_of_the_hosts_settings():
+    from comfy_xdit.environment import rank_environment
+
+    host = {
+        "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "4,5", "MASTER_PORT": "29500", "RANK": "7", "OMP_NUM_THREADS": "64",
+        "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "HF_TOKEN": "secret",
+    }  # fmt: skip
+    environment = rank_environment(1, ("cuda:0", "cuda:1"), host)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "5" and environment["RANK"] == "1"
+    for leaked in ("MASTER_PORT", "PYTORCH_CUDA_ALLOC_CONF", "HF_TOKEN"):
+        assert leaked not in environment
+    assert rank_environment(0, ("cpu",), host)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+HOST = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from comfy_xdit.group import WorkerGroup
+from comfy_xdit.messages import Load
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.spec import ModelSpec
+if __name__ == "__main__":
+    group = WorkerGroup(ParallelConfig(ulysses_degree=2))
+    group.call(Load(ModelSpec.of({file!r}, "transformer")))
+    child = os.fork() if {forks} else 1
+    if child == 0:
+        time.sleep(60)  # a child of the host that holds every descriptor the host had
+        os._exit(0)
+    print(*group.pids, child, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_no_rank_outlives_a_killed_host(tiny_models, tmp_path, forks):
+    script = tmp_path / "host.py"
+    script.write_text(HOST.format(root=str(ROOT), file=str(tiny_models["sd3"].file), forks=forks))
+    # The fork of a process with threads is what is tested here, so its warning is expected.
+    host = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    *ranks, child = map(int, host.stdout.readline().split())
+    host.kill()
+    host.wait()
+    try:
+        gone = time.monotonic()
+        assert all(ends_within(pid, 2.0) for pid in ranks)
+        assert time.monotonic() - gone < 2.0
+    finally:
+        host.stdin.close()
+        host.stdout.close()
+        if forks:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_known_tensor_is_compared_by_content():
+    from comfy_xdit.remote import SentTensors
+
+    sent, context = SentTensors(), torch.ones(2048)
+    first = sent.refer({"context": context}, 1)["context"]
+    again = sent.refer({"context": context.clone()}, 1)["context"]
+    assert isinstance(first, Keep) and again == Known(first.name)
+    context += 1  # in place: the ranks hold the old content
+    assert isinstance(sent.refer({"context": context}, 1)["context"], Keep)
+    assert isinstance(sent.refer({"context": context}, 2)["context"], Keep), "new processes hold nothing"
+
+
+def test_a_second_program_may_use_its_own_group(group, tiny_models):
+    """Nothing of a group is fixed: no port, no name, no environment of the host."""
+    before = dict(os.environ)
+    other = WorkerGroup(ParallelConfig())
+    other.call(Load(ModelSpec.of(tiny_models["flux"].file, "transformer")))
+    group.call(long_run(tiny_models["sd3"], 2))
+    other.close()
+    assert dict(os.environ) == before
+    assert not torch.distributed.is_initialized(), "the host never joins a process group"
+
+
+def test_bad_input_is_told_apart_from_a_fault(group, tiny_models, tmp_path):
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(tiny_models["sd3"].file.read_bytes()[:-1000])
+    group.call(long_run(tiny_models["sd3"], 1))
+    pids = list(group.pids)
+    with pytest.raises(InvalidInput, match="damaged"):
+        group.call(Load(ModelSpec.of(damaged, "transformer")))
+    assert group.pids == pids
+
+
+def test_a_port_in_use_elsewhere_does_not_matter(monkeypatch, tiny_models):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        group = WorkerGroup(ParallelConfig())
+        group.call(long_run(tiny_models["sd3"], 1))
+        group.close()
