@@ -55,8 +55,8 @@ def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConf
     available = available_devices()
     chosen = parse_devices(devices, available)
     if strategy == "auto":
-        config = automatic(chosen or available)
-        return ParallelConfig(ulysses_degree=config.ulysses_degree, devices=chosen).check(available)
+        ranks = len(chosen) or automatic(available).world_size
+        return ParallelConfig(ulysses_degree=ranks, devices=chosen).check(available)
     return ParallelConfig(devices=chosen, **widgets).check(available)
 
 

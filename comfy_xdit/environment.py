@@ -17,11 +17,23 @@ PASSED_ON = frozenset(
     LD_LIBRARY_PATH LD_PRELOAD CUDA_HOME CUDA_PATH ROCM_PATH XDG_CACHE_HOME XDG_RUNTIME_DIR
     SSL_CERT_FILE CUDA_DEVICE_ORDER SYSTEMROOT""".split()
 )
-PASSED_ON_PREFIXES = ("LC_", "NCCL_", "NVIDIA_", "ROCR_", "HSA_", "XDIT_", "TRITON_", "TORCHINDUCTOR_", "HF_HOME")
+PASSED_ON_PREFIXES = (
+    "LC_",
+    "NCCL_",
+    "NVIDIA_",
+    "ROCR_",
+    "HSA_",
+    "XDIT_",
+    "TRITON_",
+    "TORCHINDUCTOR_",
+    "HF_HOME",
+)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def rank_environment(rank: int, devices: tuple[str, ...], host: Mapping[str, str] | None = None) -> dict[str, str]:
+def rank_environment(
+    rank: int, devices: tuple[str, ...], host: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Environment of the process of `rank`, which sees exactly its own device.
 
     Args:
@@ -64,5 +76,3 @@ def _visible(device: str, allowed: str | None) -> str:
         return ""
     index = int(device.removeprefix("cuda:"))
     return allowed.split(",")[index].strip() if allowed else str(index)
-
-

@@ -33,9 +33,15 @@ _CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe",
 
 
 class WorkerGroup:
-    """The ranks of one layout. Started by the first call, and again by the first after a fault."""
+    """The ranks of one layout. Started by the first call, and again by the first after a fault.
 
-    def __init__(self, parallel: ParallelConfig):
+    Args:
+        parallel: the layout; its devices are filled in when it names none.
+        program: the module a rank runs; another one than the engine only in benchmarks.
+    """
+
+    def __init__(self, parallel: ParallelConfig, program: str = "worker"):
+        self._program = program
         self.parallel = parallel.check(available_devices())
         self.start_seconds = 0.0
         self.generation = 0
@@ -142,7 +148,7 @@ class WorkerGroup:
     def _spawn(self, rank: int) -> subprocess.Popen[bytes]:
         invitation = self._bridge.invitation(rank)
         process = subprocess.Popen(
-            [sys.executable, "-m", "worker"],
+            [sys.executable, "-m", self._program],
             cwd=ROOT,
             env=rank_environment(rank, self.parallel.devices),
             stdin=subprocess.PIPE,

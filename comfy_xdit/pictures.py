@@ -61,7 +61,13 @@ def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     except (UnidentifiedImageError, OSError) as error:
         raise InvalidInput(f"{path} cannot be read as a picture: {error}; choose a PNG or JPEG.") from error
     frames = [frame for frame in frames if frame.size == frames[0].size]
-    return torch.stack([_pixels(f) for f in frames]), torch.stack([_mask(f) for f in frames])
+    masks = [_mask(f) for f in frames]
+    transparent = any(mask is not None for mask in masks)
+    opaque = torch.zeros(frames[0].size[::-1] if transparent else (NO_MASK_SIDE, NO_MASK_SIDE))
+    return (
+        torch.stack([_pixels(f) for f in frames]),
+        torch.stack([opaque if mask is None else mask for mask in masks]),
+    )
 
 
 def save(
@@ -150,11 +156,11 @@ def _pixels(frame: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(frame.convert("RGB")).astype(np.float32) / 255.0)
 
 
-def _mask(frame: Image.Image) -> torch.Tensor:
+def _mask(frame: Image.Image) -> torch.Tensor | None:
     if frame.mode == "P" and "transparency" in frame.info:
         frame = frame.convert("RGBA")
     if "A" not in frame.getbands():
-        return torch.zeros(NO_MASK_SIDE, NO_MASK_SIDE)
+        return None
     return 1.0 - torch.from_numpy(np.array(frame.getchannel("A")).astype(np.float32) / 255.0)
 
 

@@ -167,7 +167,6 @@ class RemoteTextEncoders(Remote):
         return value["cond"], value["pooled"]
 
 
-
 @dataclass
 class RemoteVAE(Remote):
     """A VAE, in rank 0."""

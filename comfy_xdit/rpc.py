@@ -65,7 +65,9 @@ class _Signed:
     def seal(self, route: str, sequence: int, head: dict[str, Any]) -> bytes:
         body = json.dumps({"route": route, "sequence": sequence, **head}).encode()
         if len(body) > HEAD_LIMIT:
-            raise ValueError(f"a message head of {len(body)} bytes is over {HEAD_LIMIT}; send tensors instead")
+            raise ValueError(
+                f"a message head of {len(body)} bytes is over {HEAD_LIMIT}; send tensors instead"
+            )
         return hmac.digest(self._key, body, "sha256") + body
 
     def open(self, sealed: bytes) -> dict[str, Any]:

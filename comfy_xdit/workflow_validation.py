@@ -222,7 +222,9 @@ def _range_problem(value: Any, field: InputField) -> tuple[str, str] | None:
         return "value_bigger_than_max", f"{field.name} is {value}, at most {high} is possible"
     if choices is not None and value not in choices:
         named = ", ".join(map(str, choices)) if len(choices) <= LISTED else f"{len(choices)} choices"
-        return "value_not_in_list", f"{field.name} is {value!r}, not one of: {named or '(nothing)'}"
+        if not named:
+            return "value_not_in_list", f"{field.name} is {value!r}, but there is nothing to choose from"
+        return "value_not_in_list", f"{field.name} is {value!r}, not one of: {named}"
     return None
 
 

@@ -97,9 +97,7 @@ def test_a_blot_has_no_shape():
 
 
 def test_score_counts_shares():
-    right, wrong = (
-        draw_picture(s, random.Random(3)) for s in (SCENE, replace(SCENE, size="large"))
-    )
+    right, wrong = (draw_picture(s, random.Random(3)) for s in (SCENE, replace(SCENE, size="large")))
     result = score([caption_of(SCENE)] * 2, [right, wrong])
     assert (result.size, result.shape, result.all_right) == (0.5, 1.0, 1.0)
     with pytest.raises(ValueError, match="2 captions for 1 pictures"):

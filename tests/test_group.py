@@ -202,7 +202,10 @@ def test_no_rank_outlives_a_killed_host(tiny_models, tmp_path, forks):
     script.write_text(HOST.format(root=str(ROOT), file=str(tiny_models["sd3"].file), forks=forks))
     # The fork of a process with threads is what is tested here, so its warning is expected.
     host = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-W", "ignore", str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     *ranks, child = map(int, host.stdout.readline().split())
     host.kill()

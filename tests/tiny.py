@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,32 @@ FLUX_CONFIG = {
     "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 32,
     "guidance_embeds": True, "axes_dims_rope": (4, 14, 14),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A random model: its family, its diffusers module (the reference), and both file formats."""
+
+    family: ModelFamily
+    config: dict[str, Any]
+    module: nn.Module
+    folder: Path
+    file: Path
+
+
+def write_models(root: Path) -> dict[str, TinyModel]:
+    """One tiny model per architecture, written as a diffusers folder and as a single file."""
+    models = {}
+    for name, family, config in (
+        ("sd3", SD3(), SD3_CONFIG),
+        ("sd3.5-medium", SD3(), SD35_CONFIG),
+        ("flux", Flux(), FLUX_CONFIG),
+    ):
+        module = build(family, config)
+        module.save_pretrained(root / name)
+        file = write_native(family, module, config, root / f"{name}.safetensors")
+        models[name] = TinyModel(family, config, module, root / name, file)
+    return models
 
 
 def randomise(module: nn.Module, seed: int) -> nn.Module:
@@ -65,7 +92,9 @@ def _native_marker(family: ModelFamily, config: dict) -> dict[str, tuple[int, ..
     if isinstance(family, SD3):
         return {"joint_blocks.0.context_block.attn.qkv.weight": (1, 1)}
     hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    fused = {f"single_blocks.{i}.linear1.weight": (7 * hidden, hidden) for i in range(config["num_single_layers"])}
+    fused = {
+        f"single_blocks.{i}.linear1.weight": (7 * hidden, hidden) for i in range(config["num_single_layers"])
+    }
     return {"double_blocks.0.img_attn.qkv.weight": (1, 1), **fused}
 
 
@@ -76,7 +105,9 @@ def write_native(family: ModelFamily, module: nn.Module, config: dict, file: Pat
     return file
 
 
-def reference(family: ModelFamily, module: nn.Module, x: torch.Tensor, timestep: torch.Tensor, given: dict) -> Any:
+def reference(
+    family: ModelFamily, module: nn.Module, x: torch.Tensor, timestep: torch.Tensor, given: dict
+) -> Any:
     """Plain diffusers on ComfyUI's arguments; `x` has whole patches."""
     call = family.call(dict(module.config), x, timestep, given)
     with torch.no_grad():
@@ -84,7 +115,9 @@ def reference(family: ModelFamily, module: nn.Module, x: torch.Tensor, timestep:
     return family.output(dict(module.config), sample, x)
 
 
-def conditions(family: ModelFamily, config: dict, text: int, batch: int = 1, seed: int = 7) -> dict[str, torch.Tensor]:
+def conditions(
+    family: ModelFamily, config: dict, text: int, batch: int = 1, seed: int = 7
+) -> dict[str, torch.Tensor]:
     """Random conditioning as ComfyUI hands it to the transformer."""
     generator = torch.Generator().manual_seed(seed)
     result = {

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -11,18 +12,27 @@ from worker import lifeline
 
 
 def main() -> None:
-    """Run one rank. Standard input carries the invitation and, by its end, the host's end."""
+    """Run one rank of the engine."""
+    run(_engine)
+
+
+def run(program: Callable[[Rank, Invitation], None]) -> None:
+    """Run `program` as a rank. Standard input carries the invitation and, by its end, the host's end."""
     invitation = Invitation.read(_line(sys.stdin.fileno()))
     lifeline.follow(invitation.host_pid, sys.stdin.fileno())
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     end = Rank(invitation)
     try:
-        serve_commands(end, invitation)
+        program(end, invitation)
     except ImportError as error:
         end.send(0, Failure(type(error).__name__, f"{error}; install the pack's requirements.txt", "", False))
         raise
+    # Threads of torch.distributed may outlive their groups and hold the interpreter.
+    sys.stdout.flush()
+    os._exit(0)
 
 
-def serve_commands(end: Rank, invitation: Invitation) -> None:
+def _engine(end: Rank, invitation: Invitation) -> None:
     """Load what a rank needs, say ready, and answer commands."""
     # Imported here: a missing package is then a Failure on the node instead of a silent end.
     from worker.engine import Engine
@@ -30,7 +40,6 @@ def serve_commands(end: Rank, invitation: Invitation) -> None:
     from worker.parallel import Degrees, RankGroups
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     degrees = Degrees(invitation.degrees["cfg_parallel_degree"], invitation.degrees["ulysses_degree"])
     groups = RankGroups(end, degrees, device)
     engine = Engine(groups)
@@ -51,6 +60,3 @@ def _line(descriptor: int) -> bytes:
 
 if __name__ == "__main__":
     main()
-    # Threads of torch.distributed may outlive their groups and hold the interpreter.
-    sys.stdout.flush()
-    os._exit(0)

@@ -74,7 +74,9 @@ class TextEncoders:
             return {"cond": outputs["t5xxl"][0], "pooled": outputs["l"][1]}
         return self._join_sd3(outputs)
 
-    def _join_sd3(self, outputs: dict[str, tuple[torch.Tensor, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
+    def _join_sd3(
+        self, outputs: dict[str, tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> dict[str, torch.Tensor]:
         """CLIP-L beside CLIP-G, widened to the context, T5 behind."""
         clips = [outputs[name] for name in ("l", "g") if name in outputs]
         tokens = min(states.shape[1] for states, _ in clips)

@@ -150,7 +150,9 @@ def _check_complete(
     for name, wanted in module.state_dict().items():
         source = mapping.get(name)
         if source is None or source.key not in checkpoint.shapes:
-            raise InvalidInput(f"{path} lacks the tensor {source.key if source else name}; the file is incomplete.")
+            raise InvalidInput(
+                f"{path} lacks the tensor {source.key if source else name}; the file is incomplete."
+            )
         shape = checkpoint.shapes[source.key]
         if source.start is not None:
             shape = (max(0, min(source.stop, shape[0]) - source.start), *shape[1:])

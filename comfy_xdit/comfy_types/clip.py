@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 import comfy.hooks
@@ -13,13 +14,15 @@ import torch
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible
 from comfy_xdit.comfy_types.model import HANDLE
 from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.twin import read_header
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.prompt import parse_weights
 from comfy_xdit.remote import RemoteTextEncoders
 
 Prompts = dict[str, list[list[tuple[str, float]]]]
-# Stock nodes ask for these by name, whether the model has such an encoder or not.
-ENCODERS = ("l", "g", "t5xxl")
+# The names stock nodes ask for, whether the model has such an encoder or not, and what ComfyUI
+# calls the weights of each.
+ENCODERS = {"l": "clip_l", "g": "clip_g", "t5xxl": "t5xxl"}
 _EMBEDDING = re.compile(r"\bembedding:\S+")
 
 
@@ -112,6 +115,17 @@ class TextEncoders(torch.nn.Module):
             context, pooled = remote.encode(prompts, interrupted=interrupted)
         device = comfy.model_management.intermediate_device()
         return context.to(device), None if pooled is None else pooled.to(device)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        """Meta tensors under ComfyUI's names, so that a LoRA attaches and is refused, not lost."""
+        remote = getattr(self, HANDLE)
+        folders = sorted(Path(remote.spec.path).glob("text_encoder*"))
+        return {
+            f"{ENCODERS[name]}.transformer.{key}": tensor
+            for name, folder in zip(remote.info["encoders"], folders, strict=True)
+            for file in sorted(folder.glob("*.safetensors"))
+            for key, tensor in read_header(file).items()
+        }
 
     def memory_estimation_function(self, *_: Any, **__: Any) -> int:
         """Bytes that encoding needs on the host."""

@@ -38,8 +38,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def refuse_what_stays_here(self) -> None:
         """Raise InvalidInput for any patch that would act on the twin only, and so be ignored."""
-        if self.patches:
-            _refuse(f"LoRA or other weight patches ({next(iter(self.patches))} ...)", "Remove the LoRA node")
+        patched = [key for key, patches in self.patches.items() if any(_counts(patch) for patch in patches)]
+        if patched:
+            _refuse(f"LoRA or other weight patches ({patched[0]} ...)", "Remove the LoRA node")
         if self.injections:
             _refuse(f"forward injections ({', '.join(map(str, self.injections))})", "Use a normal LoRA node")
         if self.weight_wrapper_patches:
@@ -162,6 +163,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def unpin_all_weights(self, *_: Any, **__: Any) -> None:
         """Nothing was pinned."""
+
+
+def _counts(patch: tuple[Any, ...]) -> bool:
+    """False for a patch of strength 0 that leaves the weight as it is."""
+    strength, _, strength_of_weight, *_ = patch
+    return strength != 0 or strength_of_weight != 1
 
 
 def _refuse(what: str, remedy: str) -> NoReturn:

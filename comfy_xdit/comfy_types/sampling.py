@@ -79,7 +79,7 @@ def sample_request(
     schedule = comfy.samplers.KSampler(
         model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
     )
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    samples = comfy.sample.fix_empty_latent_channels(model, _plain_samples(latent))
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     mask = latent.get("noise_mask")
     if mask is not None:
@@ -122,6 +122,17 @@ def progress(model: RemotePatcher, steps: int) -> Callable[[Progress], None]:
     return show
 
 
+def _plain_samples(latent: dict[str, Any]) -> torch.Tensor:
+    """(B, C, H, W) of a LATENT. Raises InvalidInput for videos and for several latents at once."""
+    samples = latent["samples"]
+    if not isinstance(samples, torch.Tensor) or samples.ndim != 4:
+        raise InvalidInput(
+            f"the latent has shape {tuple(samples.shape)}; the ranks' loop takes pictures, "
+            f"(batch, channels, height, width). {USE_KSAMPLER}"
+        )
+    return samples
+
+
 def _finish(model: RemotePatcher, answer: torch.Tensor) -> torch.Tensor:
     unscaled = model.model.process_latent_out(answer.to(torch.float32))
     return unscaled.to(comfy.model_management.intermediate_device())
@@ -133,7 +144,8 @@ def _check_model(model: RemotePatcher) -> None:
     options = dict(model.model_options)
     check_transformer_options(options.pop("transformer_options", {}))
     present = [name for name, value in options.items() if value]
-    present += [kind for kind, byname in model.wrappers.items() if any(byname.values())]
+    for kind, by_name in (*model.wrappers.items(), *model.callbacks.items()):
+        present += [kind] if any(by_name.values()) else []
     present += [name for name in model.object_patches if name != "model_sampling"]
     if present:
         raise InvalidInput(

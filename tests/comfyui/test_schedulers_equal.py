@@ -1,11 +1,7 @@
-"""Our noise levels against those of a real ComfyUI: run with its Python and COMFYUI_DIR set.
+"""Our noise levels against those of a real ComfyUI."""
 
-Beside a torch without CUDA also with PYTHONPATH=tests/comfyui/shim.
-"""
-
-import os
-import sys
-import warnings
+import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,31 +9,17 @@ import torch
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.schedulers import SCHEDULERS, Sampling, sigmas_of
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.skipif("COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR is not set"),
-]
+MODULES = ("model_sampling", "samplers")
 FAMILIES = {
     "sd3": Sampling("discrete_flow", 3.0, 1000.0),
     "flux": Sampling("flux", 1.15, 1.0),
 }
 
 
-@pytest.fixture(scope="session")
-def comfy():
-    """The modules `comfy.samplers` and `comfy.model_sampling` of the checkout, on CPU."""
-    sys.path.insert(0, os.environ["COMFYUI_DIR"])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a checkout's warnings are not ours to fix
-            import comfy.cli_args
-
-            comfy.cli_args.args.cpu = True
-            import comfy.model_sampling
-            import comfy.samplers
-    finally:
-        sys.path.remove(os.environ["COMFYUI_DIR"])
-    return comfy
+@pytest.fixture(scope="module")
+def comfy(comfyui) -> SimpleNamespace:
+    """The modules of ComfyUI that are compared."""
+    return SimpleNamespace(**{name: importlib.import_module(f"comfy.{name}") for name in MODULES})
 
 
 def _their_sigmas(comfy, sampling: Sampling, scheduler: str, steps: int, denoise: float) -> torch.Tensor:

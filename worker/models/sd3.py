@@ -138,7 +138,9 @@ def _block(i: int, config: dict[str, Any]) -> dict[str, Source]:
     )
     mapping |= whole(f"{ours}.attn.to_out.0", f"{image}.attn.proj")
     mapping |= whole(f"{ours}.norm1.linear", f"{image}.adaLN_modulation.1")
-    mapping |= whole(f"{ours}.ff.net.0.proj", f"{image}.mlp.fc1") | whole(f"{ours}.ff.net.2", f"{image}.mlp.fc2")
+    mapping |= whole(f"{ours}.ff.net.0.proj", f"{image}.mlp.fc1") | whole(
+        f"{ours}.ff.net.2", f"{image}.mlp.fc2"
+    )
     if i == config["num_layers"] - 1:  # the last block only reads the text
         mapping |= swapped(f"{ours}.norm1_context.linear", f"{text}.adaLN_modulation.1")
     else:

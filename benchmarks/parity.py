@@ -1,0 +1,149 @@
+"""N ranks against plain diffusers, in fp32: measured by the tests, written to docs/parity.md by `make parity`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from comfy_xdit.messages import Sample
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.remote import RemoteModel
+from comfy_xdit.spec import ModelSpec
+from tests import tiny
+from tests.tiny import TinyModel
+
+# Sums in another order (the attention of fewer heads, a batch in two halves) and nothing else.
+PER_CALL, PER_RUN = 1e-5, 1e-4
+LAYOUTS = {
+    "1 rank": ParallelConfig(),
+    "Ulysses 2": ParallelConfig(ulysses_degree=2),
+    "CFG 2": ParallelConfig(cfg_parallel_degree=2),
+    "CFG 2 x Ulysses 2": ParallelConfig(cfg_parallel_degree=2, ulysses_degree=2),
+}
+MODELS = ("sd3", "sd3.5-medium", "flux")
+STEPS, CFG = 20, 3.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """One request: latent height and width, text tokens, batch."""
+
+    name: str
+    height: int
+    width: int
+    text: int
+    batch: int
+
+
+SIZES = (
+    Size("divisible", 16, 16, 32, 2),
+    Size("odd text", 16, 16, 33, 2),
+    Size("odd image tokens", 6, 10, 32, 1),
+    Size("both odd", 18, 14, 7, 2),
+    Size("fewer than ranks", 2, 2, 1, 1),
+)
+
+
+def multiplier(model: TinyModel) -> float:
+    """What turns sigma into the timestep ComfyUI hands to the transformer."""
+    return 1.0 if model.family.name == "flux" else 1000.0
+
+
+def one_call(model: TinyModel, source: Path, parallel: ParallelConfig, size: Size) -> float:
+    """Relative L2 of one transformer call against plain diffusers."""
+    x = torch.randn(size.batch, 16, size.height, size.width, generator=torch.Generator().manual_seed(1))
+    timestep = torch.full((size.batch,), 0.7 * multiplier(model))
+    given = tiny.conditions(model.family, model.config, size.text, size.batch)
+    expected = tiny.reference(model.family, model.module, x, timestep, given)
+    remote = RemoteModel(ModelSpec.of(source, "transformer"), parallel)
+    return tiny.relative_l2(remote.denoise(x, timestep, given), expected)
+
+
+def twenty_steps(model: TinyModel, parallel: ParallelConfig) -> float:
+    """Relative L2 of (latent - noise) after 20 Euler steps with guidance, against the same loop on diffusers.
+
+    The prompts differ in length, so they cannot be one batch, and neither divides by two... nor does
+    the picture: 5 x 7 tokens.
+    """
+    positive = tiny.conditions(model.family, model.config, 17, seed=3)
+    negative = tiny.conditions(model.family, model.config, 8, seed=4)
+    noise = torch.randn(1, 16, 10, 14, generator=torch.Generator().manual_seed(5))
+    sigmas = torch.linspace(1.0, 0.0, STEPS + 1)
+    x = noise.clone()
+    for i in range(STEPS):
+        t = (sigmas[i] * multiplier(model)).expand(1)
+        guided = tiny.reference(model.family, model.module, x, t, positive)
+        without = tiny.reference(model.family, model.module, x, t, negative)
+        x = x + (sigmas[i + 1] - sigmas[i]) * (without + CFG * (guided - without))
+    remote = RemoteModel(ModelSpec.of(model.file, "transformer"), parallel)
+    request = Sample(
+        remote.spec,
+        "euler",
+        sigmas,
+        torch.zeros_like(noise),
+        noise,
+        CFG,
+        positive,
+        negative,
+        multiplier(model),
+    )
+    return tiny.relative_l2(remote.sample(request) - noise, x - noise)
+
+
+def rows(models: dict[str, TinyModel]) -> Iterator[list[str]]:
+    """One row per method and family; the worst of both file formats counts."""
+    for method, parallel in LAYOUTS.items():
+        for name in MODELS:
+            model = models[name]
+            calls = [
+                max(one_call(model, source, parallel, size) for source in (model.folder, model.file))
+                for size in SIZES
+            ]
+            yield [name, method, *(f"{e:.1e}" for e in calls), f"{twenty_steps(model, parallel):.1e}"]
+
+
+def table(models: dict[str, TinyModel]) -> str:
+    """The table as Markdown."""
+    head = ["family", "method", *(size.name for size in SIZES), f"{STEPS}-step run"]
+    lines = [head, ["---"] * len(head), *rows(models)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+PAGE = """# Parity: N ranks against plain diffusers
+
+Relative L2, fp32, random tiny models in both file formats (diffusers folder, original single file; the worse
+counts), measured by `make parity` on {machine}, torch {torch}. Limits held by `tests/test_parity.py`: {per_call:g} per
+call, {per_run:g} per {steps}-step run (Euler, guidance {cfg:g}, prompts of different odd length, 5 x 7 image tokens).
+
+{table}
+
+Columns but the last are one transformer call: (latent height, width, text tokens, batch) = {sizes}.
+xfuser's own wrappers are silently wrong where text or image tokens do not divide (docs/xfuser.md, B2, B3, B5);
+here padding is cut away between the Ulysses exchange and the attention.
+"""
+
+
+def main() -> None:
+    """Print the table and write it to docs/parity.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, default=Path(__file__).parent.parent / "docs" / "parity.md")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        text = table(tiny.write_models(Path(folder)))
+    sizes = ", ".join(f"{s.name} ({s.height}, {s.width}, {s.text}, {s.batch})" for s in SIZES)
+    page = PAGE.format(
+        machine=f"{platform.machine()}, CPU, gloo", torch=torch.__version__, per_call=PER_CALL, per_run=PER_RUN,
+        steps=STEPS, cfg=CFG, table=text, sizes=sizes,
+    )  # fmt: skip
+    arguments.write.write_text(page)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A ComfyUI in this process, with the pack loaded as ComfyUI loads it, and tiny models to run."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from comfy_xdit.environment import ROOT
+from tests import tiny
+from tests.comfyui.inputs import DEMO
+
+HERE = Path(__file__).parent
+SHIM = HERE / "shim"
+COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
+EXTRAS = ("nodes_model_advanced", "nodes_model_merging")  # stock nodes outside ComfyUI's nodes.py
+# Everything the stock code of ComfyUI and its libraries warns about is theirs to mend.
+pytestmark_all = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of this folder, and skip them where there is no ComfyUI."""
+    for item in items:
+        if HERE in item.path.parents:
+            for mark in pytestmark_all:
+                item.add_marker(mark)
+            if COMFYUI_DIR is None:
+                item.add_marker(pytest.mark.skip(reason="COMFYUI_DIR names no ComfyUI checkout"))
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """ComfyUI's modules in this process, on CPU, with models of its own and the pack loaded."""
+    runpy.run_path(str(SHIM / "sitecustomize.py"))
+    os.environ["PYTHONPATH"] = str(SHIM)  # for the ranks
+    # First, as in ComfyUI itself: the pack and ComfyUI both have a `nodes`, a `tests` ...
+    sys.path.insert(0, COMFYUI_DIR)
+    cli_args = importlib.import_module("comfy.cli_args")
+    cli_args.args.cpu = True
+    folder_paths = importlib.import_module("folder_paths")
+    models = tmp_path_factory.mktemp("models")
+    for kind in ("diffusion_models", "diffusers", "loras"):
+        (models / kind).mkdir()
+        folder_paths.add_model_folder_path(kind, str(models / kind))
+    nodes = importlib.import_module("nodes")
+    extras = [Path(COMFYUI_DIR, "comfy_extras", f"{name}.py") for name in EXTRAS]
+    with torch.inference_mode():
+        for path in (*extras, ROOT):
+            assert asyncio.run(nodes.load_custom_node(str(path))), f"ComfyUI could not load {path}"
+        yield SimpleNamespace(nodes=nodes, models=models, mappings=nodes.NODE_CLASS_MAPPINGS)
+    from comfy_xdit.group import running_groups
+
+    for group in running_groups():
+        group.close()
+
+
+@pytest.fixture
+def run_node(comfyui: SimpleNamespace) -> Any:
+    """run_node("KSampler", seed=1, ...) -> the outputs of a node, with the graph's inference mode."""
+
+    def run(name: str, **inputs: Any) -> tuple[Any, ...]:
+        node = comfyui.mappings[name]
+        with torch.inference_mode():
+            return getattr(node(), node.FUNCTION)(**inputs)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(comfyui: SimpleNamespace) -> str:
+    """An SD3 file with random weights where every layer matters; its name for the loaders."""
+    from worker.models.sd3 import SD3
+
+    # ComfyUI takes the width for 64 times the number of layers.
+    config = {**tiny.SD3_CONFIG, "num_layers": tiny.SD3_CONFIG["num_attention_heads"]}
+    module = tiny.build(SD3(), config)
+    name = "tiny_sd3.safetensors"
+    with torch.inference_mode(False):
+        tiny.write_native(SD3(), module, config, comfyui.models / "diffusion_models" / name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def demo_sd3(comfyui: SimpleNamespace) -> str:
+    """The demo's single file, as a stock loader finds it too; its name for the loaders."""
+    source = DEMO / "demo_sd3.safetensors"
+    if not source.is_file():
+        pytest.skip(f"no demo model at {source}")
+    (comfyui.models / "diffusion_models" / source.name).symlink_to(source)
+    return source.name

@@ -1,0 +1,41 @@
+"""What the tests of this folder put into nodes, and how they compare what comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from comfy_xdit.environment import ROOT
+from comfy_xdit.parallel import ParallelConfig
+
+DEMO = ROOT / "assets" / "demo"
+
+
+def layout(ranks: int = 1, **degrees: int) -> ParallelConfig:
+    """A layout of CPU ranks: Ulysses unless degrees are given."""
+    return ParallelConfig(**(degrees or {"ulysses_degree": ranks}))
+
+
+def random_conditioning(model: Any, seed: int, tokens: int = 12) -> list[Any]:
+    """A CONDITIONING of random numbers that fits the transformer of `model`."""
+    shapes = {name: tuple(p.shape) for name, p in model.model.diffusion_model.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, tokens, shapes["context_embedder.weight"][1], generator=generator)
+    pooled = torch.randn(1, shapes["y_embedder.mlp.0.weight"][1], generator=generator)
+    return [[context, {"pooled_output": pooled}]]
+
+
+def empty_latent(batch: int = 1, height: int = 16, width: int = 16) -> dict[str, torch.Tensor]:
+    """A LATENT of zeros, sizes in latent pixels."""
+    return {"samples": torch.zeros(batch, 16, height, width)}
+
+
+def random_latent(batch: int = 1, height: int = 16, width: int = 16) -> torch.Tensor:
+    """The samples of a LATENT that is not empty."""
+    return torch.randn(batch, 16, height, width, generator=torch.Generator().manual_seed(3))
+
+
+def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected|."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,0 +1,55 @@
+"""Headless noise, masks, latents and prompt weights against those of a real ComfyUI."""
+
+import importlib
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from comfy_xdit import conversion
+from comfy_xdit.prompt import parse_weights
+
+MODULES = ("latent_formats", "sample", "sampler_helpers", "sd1_clip")
+PIECES = ["(", ")", r"\(", r"\)", "cat", " a ", ":", "1.3", ":0.5", "\\"]
+
+
+@pytest.fixture(scope="module")
+def comfy(comfyui) -> SimpleNamespace:
+    """The modules of ComfyUI that are compared."""
+    return SimpleNamespace(**{name: importlib.import_module(f"comfy.{name}") for name in MODULES})
+
+
+@pytest.fixture
+def samples() -> torch.Tensor:
+    return torch.randn(3, 16, 5, 7, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("batch_index", [None, [0, 1, 2], [4, 1, 1]])
+def test_noise(comfy, samples, batch_index):
+    theirs = comfy.sample.prepare_noise(samples, 2**40 + 1, batch_index)
+    assert torch.equal(conversion.noise_of(samples, 2**40 + 1, batch_index), theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 56), (2, 1, 5, 7), (4, 9, 9)])
+def test_mask(comfy, samples, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(4))
+    theirs = comfy.sampler_helpers.prepare_mask(mask, samples.shape, "cpu")
+    assert torch.equal(conversion.mask_of({"noise_mask": mask}, samples).expand_as(samples), theirs)
+
+
+@pytest.mark.parametrize("family", ["SD3", "Flux"])
+def test_latent_format(comfy, samples, family):
+    theirs = getattr(comfy.latent_formats, family)()
+    ours = {"scale_factor": theirs.scale_factor, "shift_factor": theirs.shift_factor}
+    assert torch.equal(conversion.scaled(samples, ours), theirs.process_in(samples))
+    assert torch.equal(conversion.unscaled(samples, ours), theirs.process_out(samples))
+
+
+def test_prompt_weights_of_random_texts(comfy):
+    """Every text, balanced or not, is cut into the same pieces of the same weight."""
+    clip, chance = comfy.sd1_clip, random.Random(0)
+    for _ in range(5000):
+        text = "".join(chance.choices(PIECES, k=chance.randint(1, 12)))
+        theirs = clip.token_weights(clip.escape_important(text), 1.0)
+        assert parse_weights(text) == ([(clip.unescape_important(t), w) for t, w in theirs] or [("", 1.0)])

@@ -1,0 +1,107 @@
+"""The pack as ComfyUI loads it: names, help pages, choices and refusals of the nodes."""
+
+import inspect
+
+import pytest
+
+from comfy_xdit.environment import ROOT
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.parallel import ParallelConfig
+from tests.comfyui.inputs import DEMO, layout
+
+NODES = {
+    "XDiTParallelConfig": ("XDIT_PARALLEL",),
+    "XDiTLoadPipeline": ("MODEL", "CLIP", "VAE"),
+    "XDiTLoadDiffusionModel": ("MODEL",),
+    "XDiTSampler": ("LATENT",),
+    "XDiTVAEDecode": ("IMAGE",),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_node_is_there_with_its_outputs_and_help_page(comfyui, name):
+    node = comfyui.mappings[name]
+
+    assert NODES[name] == node.RETURN_TYPES
+    assert comfyui.nodes.NODE_DISPLAY_NAME_MAPPINGS[name].startswith("xDiT ")
+    assert node.CATEGORY == "xDiT"
+    assert node.DESCRIPTION
+    assert (ROOT / "web" / "docs" / f"{name}.md").read_text().startswith(f"# {node.TITLE}")
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_every_input_has_a_tooltip_and_every_float_a_step(comfyui, name):
+    for group in comfyui.mappings[name].INPUT_TYPES().values():
+        for input_name, (kind, *options) in group.items():
+            assert options[0]["tooltip"], input_name
+            if kind == "FLOAT":
+                assert {"step", "round"} <= options[0].keys(), input_name
+
+
+def test_demo_is_among_the_choices_of_the_loaders(comfyui):
+    if not (DEMO / "demo_sd3.safetensors").is_file():
+        pytest.skip("no demo model")
+    pipelines = comfyui.mappings["XDiTLoadPipeline"].INPUT_TYPES()["required"]["pipeline"][0]
+    files = comfyui.mappings["XDiTLoadDiffusionModel"].INPUT_TYPES()["required"]["unet_name"][0]
+
+    assert "demo (comfy_xdit)" in pipelines
+    assert "demo_sd3 (comfy_xdit).safetensors" in files
+
+
+def test_parallel_config_is_checked_by_its_node(run_node):
+    widgets = dict.fromkeys(
+        ("data_parallel_degree", "cfg_parallel_degree", "ring_degree", "pipefusion_degree", "warmup_steps"), 1
+    )
+    widgets |= {"ulysses_degree": 2, "shard_weights": False, "devices": "cpu, cpu"}
+
+    (config,) = run_node("XDiTParallelConfig", strategy="manual", **widgets)
+    assert config == ParallelConfig(ulysses_degree=2, devices=("cpu", "cpu"))
+    (automatic,) = run_node("XDiTParallelConfig", strategy="auto", **{**widgets, "ulysses_degree": 7})
+    assert automatic == config
+    with pytest.raises(InvalidInput, match="ulysses_degree 3 = 3, but 2 devices"):
+        run_node("XDiTParallelConfig", strategy="manual", **{**widgets, "ulysses_degree": 3})
+
+
+def test_bad_file_is_an_error_of_the_loader_and_the_ranks_go_on(comfyui, run_node, tiny_sd3):
+    (comfyui.models / "diffusion_models" / "bad.safetensors").write_bytes(b"not a model")
+
+    with pytest.raises(InvalidInput, match=r"bad\.safetensors"):
+        run_node(
+            "XDiTLoadDiffusionModel",
+            unet_name="bad.safetensors",
+            weight_dtype="default",
+            parallel=layout(1),
+        )
+    run_node("XDiTLoadDiffusionModel", unet_name=tiny_sd3, weight_dtype="default", parallel=layout(1))
+
+
+def test_missing_file_is_named(run_node):
+    with pytest.raises(InvalidInput, match=r"no diffusion model 'none\.safetensors'"):
+        run_node("XDiTLoadDiffusionModel", unet_name="none.safetensors", weight_dtype="default")
+
+
+def test_headless_offers_the_same_functions(comfyui):
+    from comfy_xdit import comfy_types, headless
+
+    for name in comfy_types.__all__:
+        inside, outside = (inspect.signature(getattr(m, name)) for m in (comfy_types, headless))
+        assert list(inside.parameters) == list(outside.parameters), name
+
+
+def test_stock_model_is_refused_by_name(run_node, tiny_sd3):
+    (stock,) = run_node("UNETLoader", unet_name=tiny_sd3, weight_dtype="default")
+
+    with pytest.raises(InvalidInput, match="this one is a stock MODEL"):
+        run_node(
+            "XDiTSampler",
+            model=stock,
+            seed=0,
+            steps=1,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=[],
+            negative=[],
+            latent_image={},
+            denoise=1.0,
+        )

@@ -1,0 +1,170 @@
+"""The pack in a running ComfyUI server: the shipped workflows, cancel, and ranks that die."""
+
+import asyncio
+import copy
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from comfy_xdit.environment import ROOT
+from tests.comfyui.inputs import DEMO
+from tests.comfyui.server import Client, Run, Server
+
+SHIM = Path(__file__).parent / "shim"
+SAMPLER = "3"  # its id in the shipped workflows
+LOADER = "4"
+DRIVEN_BY = {"xdit_sampler": "demo_api.json", "ksampler": "demo_ksampler_api.json"}
+LONG = 3000  # steps: long enough to be met in mid-run
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    if not (DEMO / "pipeline").is_dir():
+        pytest.skip("no demo model")
+    running = Server(Path(os.environ["COMFYUI_DIR"]), tmp_path_factory.mktemp("server"), SHIM)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.fixture(params=DRIVEN_BY)
+def prompt(request) -> dict[str, Any]:
+    return _workflow(DRIVEN_BY[request.param])
+
+
+def _workflow(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "workflows" / name).read_text())
+
+
+def _with(prompt: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    """The prompt with other inputs of its sampler."""
+    changed = copy.deepcopy(prompt)
+    changed[SAMPLER]["inputs"] |= inputs
+    return changed
+
+
+def _run(
+    server: Server, prompt: dict[str, Any], at_step: int | None = None, act: Any = None
+) -> tuple[Run, float]:
+    """Run a prompt; once `at_step` is reached, `await act(client)`. Returns the run and that time."""
+    acted_at = 0.0
+
+    async def on_message(client: Client, kind: str, data: dict[str, Any]) -> None:
+        nonlocal acted_at
+        if act is not None and not acted_at and kind == "progress" and data["value"] >= at_step:
+            acted_at = time.monotonic()
+            await act(client)
+
+    async def follow() -> Run:
+        async with Client(server) as client:
+            return await client.run(prompt, on_message)
+
+    return asyncio.run(follow()), acted_at
+
+
+def _succeeds(server: Server, prompt: dict[str, Any]) -> Run:
+    run, _ = _run(server, prompt)
+    assert run.end == "execution_success", run.outcome
+    return run
+
+
+def test_nodes_and_help_pages_are_served(server):
+    nodes = json.loads(server.get("/object_info"))
+
+    for name in ("XDiTParallelConfig", "XDiTLoadPipeline", "XDiTLoadDiffusionModel", "XDiTSampler"):
+        assert nodes[name]["category"] == "xDiT"
+        assert server.get(f"/extensions/comfy_xdit/docs/{name}.md").startswith(b"# xDiT")
+
+
+def test_shipped_workflow_draws_a_picture_with_progress_and_previews(server, prompt):
+    steps = prompt[SAMPLER]["inputs"]["steps"]
+
+    run = _succeeds(server, _with(prompt, seed=21))
+
+    assert run.progress(SAMPLER)[-1] == (steps, steps)
+    assert len(run.progress(SAMPLER)) >= steps
+    assert run.previews >= steps
+    (files,) = (data["output"]["images"] for _, kind, data in run.messages if kind == "executed")
+    with Image.open(server.base / "output" / files[0]["subfolder"] / files[0]["filename"]) as picture:
+        assert picture.size == (128, 128)
+        assert len(picture.convert("RGB").getcolors(128 * 128)) > 50
+
+
+def test_loader_is_not_run_again_and_ranks_stay(server, prompt):
+    _succeeds(server, _with(prompt, seed=31))
+    ranks = server.ranks()
+
+    run = _succeeds(server, _with(prompt, seed=32))
+
+    assert any(kind == "execution_cached" and LOADER in data["nodes"] for _, kind, data in run.messages)
+    assert server.ranks() == ranks
+
+
+def test_interrupt_stops_within_a_step_and_the_ranks_stay_warm(server, prompt):
+    _succeeds(server, _with(prompt, seed=41))
+    ranks = server.ranks()
+
+    run, asked_at = _run(server, _with(prompt, seed=42, steps=LONG), at_step=5, act=lambda c: c.interrupt())
+
+    assert run.end == "execution_interrupted", run.outcome
+    assert run.ended_at - asked_at < 1.0
+    assert run.progress(SAMPLER)[-1][0] < LONG / 2
+    _succeeds(server, _with(prompt, seed=43))
+    assert server.ranks() == ranks
+
+
+def test_killed_rank_is_an_error_of_the_node_and_the_next_prompt_runs(server, prompt):
+    _succeeds(server, _with(prompt, seed=51))
+    ranks = server.ranks()
+
+    async def kill(_client: Client) -> None:
+        os.kill(ranks[-1], signal.SIGKILL)
+
+    run, killed_at = _run(server, _with(prompt, seed=52, steps=LONG), at_step=5, act=kill)
+
+    assert run.end == "execution_error"
+    assert run.ended_at - killed_at < 2.0
+    assert run.outcome["node_id"] == SAMPLER
+    assert f"pid {ranks[-1]}) was ended by SIGKILL" in run.outcome["exception_message"]
+    _succeeds(server, _with(prompt, seed=53))
+    assert not set(server.ranks()) & set(ranks)
+
+
+def test_invalid_input_is_an_error_of_the_node_and_the_ranks_stay(server):
+    prompt = _workflow("demo_api.json")
+    _succeeds(server, _with(prompt, seed=61))
+    ranks = server.ranks()
+
+    run, _ = _run(server, _with(prompt, sampler_name="ddim"))
+
+    assert run.end == "execution_error"
+    assert "InvalidInput" in run.outcome["exception_type"]
+    assert "euler, heun, dpmpp_2m" in run.outcome["exception_message"]
+    assert server.ranks() == ranks
+
+
+def test_no_rank_outlives_a_killed_server(tmp_path):
+    if not (DEMO / "pipeline").is_dir():
+        pytest.skip("no demo model")
+    server = Server(Path(os.environ["COMFYUI_DIR"]), tmp_path / "server", SHIM)
+    try:
+        server.wait_until_ready()
+        _succeeds(server, _workflow("demo_api.json"))
+        ranks = [psutil.Process(pid) for pid in server.ranks()]
+        server.process.kill()
+        server.process.wait()
+        _, alive = psutil.wait_procs(ranks, timeout=2.0)
+        assert ranks
+        assert not alive
+    finally:
+        server.close()
