@@ -30,9 +30,7 @@ class VAE:
         """Read the weights, as fp32."""
         from diffusers import AutoencoderKL
 
-        self._module = AutoencoderKL.from_pretrained(
-            self._folder, torch_dtype=torch.float32, local_files_only=True
-        )
+        self._module = AutoencoderKL.from_pretrained(self._folder, local_files_only=True).float()
         self._module.to(self._device).eval().requires_grad_(False)
 
     def describe(self) -> dict[str, Any]:
