@@ -89,7 +89,9 @@ def shared(ranks: int) -> Iterator[Trip]:
 
 
 @contextmanager
-def _processes(ranks: int, target: Callable[..., None], arguments: tuple[str, ...]) -> Iterator[list[Connection]]:
+def _processes(
+    ranks: int, target: Callable[..., None], arguments: tuple[str, ...]
+) -> Iterator[list[Connection]]:
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(ranks)]
     processes = [

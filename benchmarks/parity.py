@@ -1,4 +1,4 @@
-"""N ranks against plain diffusers, in fp32: measured by the tests, written to docs/parity.md by `make parity`."""
+"""N ranks against plain diffusers, fp32: held by the tests, written to docs/parity.md by `make parity`."""
 
 from __future__ import annotations
 
@@ -117,15 +117,16 @@ def table(models: dict[str, TinyModel]) -> str:
 
 PAGE = """# Parity: N ranks against plain diffusers
 
-Relative L2, fp32, random tiny models in both file formats (diffusers folder, original single file; the worse
-counts), measured by `make parity` on {machine}, torch {torch}. Limits held by `tests/test_parity.py`: {per_call:g} per
-call, {per_run:g} per {steps}-step run (Euler, guidance {cfg:g}, prompts of different odd length, 5 x 7 image tokens).
+Relative L2, fp32, random tiny models in both file formats (diffusers folder, original single file; the
+worse counts), measured by `make parity` on {machine}, torch {torch}. Limits held by
+`tests/test_parity.py`: {per_call:g} per call, {per_run:g} per {steps}-step run (Euler, guidance {cfg:g}, prompts of
+different odd length, 5 x 7 image tokens).
 
 {table}
 
 Columns but the last are one transformer call: (latent height, width, text tokens, batch) = {sizes}.
-xfuser's own wrappers are silently wrong where text or image tokens do not divide (docs/xfuser.md, B2, B3, B5);
-here padding is cut away between the Ulysses exchange and the attention.
+xfuser's own wrappers are silently wrong where text or image tokens do not divide (docs/xfuser.md, B2, B3,
+B5); here padding is cut away between the Ulysses exchange and the attention.
 """
 
 
@@ -138,9 +139,15 @@ def main() -> None:
         text = table(tiny.write_models(Path(folder)))
     sizes = ", ".join(f"{s.name} ({s.height}, {s.width}, {s.text}, {s.batch})" for s in SIZES)
     page = PAGE.format(
-        machine=f"{platform.machine()}, CPU, gloo", torch=torch.__version__, per_call=PER_CALL, per_run=PER_RUN,
-        steps=STEPS, cfg=CFG, table=text, sizes=sizes,
-    )  # fmt: skip
+        machine=f"{platform.machine()}, CPU, gloo",
+        torch=torch.__version__,
+        per_call=PER_CALL,
+        per_run=PER_RUN,
+        steps=STEPS,
+        cfg=CFG,
+        table=text,
+        sizes=sizes,
+    )
     arguments.write.write_text(page)
     print(text)
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
 from comfy_xdit.environment import ROOT, rank_environment
@@ -30,6 +31,19 @@ LOG_TAIL_BYTES = 3000
 _generations = itertools.count(1)
 # What a rank says when another one went away: the consequence, never the cause.
 _CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "socket")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: as the host waited, and as the slowest rank worked."""
+
+    host: float
+    rank: float
+
+    @property
+    def bridge(self) -> float:
+        """What was not work in the ranks: sending, waiting, receiving."""
+        return self.host - self.rank
 
 
 class WorkerGroup:
@@ -51,6 +65,7 @@ class WorkerGroup:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
         self.reports: list[dict[str, Any]] = []
+        self.timings: dict[str, Timing] = {}  # of the last call of each kind of message
 
     @property
     def pids(self) -> list[int]:
@@ -87,6 +102,7 @@ class WorkerGroup:
             self._job += 1
             if callable(message):
                 message = message(self.generation)
+            began = time.perf_counter()
             try:
                 self._bridge.send(ranks, self._job, message)
             except RuntimeError as error:  # the store; a bad message raises before anything is sent
@@ -100,7 +116,10 @@ class WorkerGroup:
             except BaseException:
                 self._settle(self._job, ranks)
                 raise
-            return self._verdict(ranks, replies)
+            answer = self._verdict(ranks, replies)
+            worked = max(reply.seconds for reply in replies.values())
+            self.timings[type(message).__name__] = Timing(time.perf_counter() - began, worked)
+            return answer
 
     def close(self) -> None:
         """Stop the ranks: asked first, killed if they do not go."""
@@ -130,7 +149,7 @@ class WorkerGroup:
         degrees = {name: getattr(self.parallel, name) for name in DEGREES}
         self._bridge = Host(self.parallel.world_size, os.getpid(), degrees)
         try:
-            self._logs = [tempfile.TemporaryFile() for _ in world]
+            self._logs = [tempfile.TemporaryFile() for _ in world]  # noqa: SIM115 - closed by _kill
             self._processes = [self._spawn(rank) for rank in world]
             for rank in world:
                 threading.Thread(

@@ -37,7 +37,7 @@ class NodeFailed(XDiTError):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run made: the outputs of every node that ran, and the seconds each took."""
+    """What a run made: the outputs of every node that ran, the seconds each took, and the files."""
 
     outputs: dict[str, Outputs]
     seconds: dict[str, float]

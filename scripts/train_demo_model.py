@@ -2,7 +2,7 @@
 
 python scripts/train_demo_model.py --out assets/demo
 
-About 25 minutes on two slow CPU cores. The schedules count steps, never seconds: the same
+About 30 minutes on one idle CPU core, less on two. The schedules count steps, never seconds: the same
 --minutes and --threads give the same model on the same kind of machine.
 """
 
@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-NOMINAL_MINUTES = 25
-VAE_STEPS, TRANSFORMER_STEPS = 2200, 3600  # what fits in NOMINAL_MINUTES on two slow cores
+NOMINAL_MINUTES = 30
+VAE_STEPS, TRANSFORMER_STEPS = 2200, 3600  # what one slow core does in NOMINAL_MINUTES
 DRAWINGS_PER_SCENE = 4
 BATCH = 64
 SHIFT = 3.0  # flat colours are decided at high noise; also what ComfyUI samples SD3 with
@@ -272,7 +272,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--minutes",
         type=float,
         default=NOMINAL_MINUTES,
-        help="about how long, on two slow cores; scales the numbers of steps",
+        help="about how long, on one slow core; scales the numbers of steps",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

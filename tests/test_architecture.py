@@ -19,8 +19,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.split(".")[0])
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            if node.args and isinstance(node.args[0], ast.Constant):
-                names.add(node.args[0].value.split(".")[0])
+            names |= {a.value.split(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant)}
     return names
 
 

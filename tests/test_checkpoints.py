@@ -54,7 +54,8 @@ def test_flux_single_file_equals_diffusers_conversion(tmp_path):
 def flux_shapes(hidden: int, head: int) -> dict[str, tuple[int, ...]]:
     """Names of BFL's release with one input column each."""
     linear = {
-        "img_in": hidden, "txt_in": hidden, "final_layer.linear": 64, "final_layer.adaLN_modulation.1": 2 * hidden,
+        "img_in": hidden, "txt_in": hidden,
+        "final_layer.linear": 64, "final_layer.adaLN_modulation.1": 2 * hidden,
         "single_blocks.0.linear1": 7 * hidden, "single_blocks.0.linear2": hidden,
         "single_blocks.0.modulation.lin": 3 * hidden,
     }  # fmt: skip

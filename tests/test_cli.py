@@ -129,6 +129,16 @@ def test_a_killed_rank_is_exit_code_1_and_named(long_run):
     assert b"rank 0 (cpu, pid %d) was ended by SIGKILL" % rank.pid in errors
 
 
+@needs_demo
+def test_demo_compares_two_ranks_with_one(tmp_path, capsys):
+    prompt = "a large green square on the right on a yellow background"
+    assert cli.main(["demo", "--prompt", prompt, "--output", str(tmp_path / "new")]) == cli.DONE
+    printed = capsys.readouterr().out
+    assert prompt in printed
+    assert "two ranks against one" in printed
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"demo.png", "demo_compare.png"}
+
+
 # ---------------------------------------------------------------------- doctor
 
 

@@ -167,7 +167,8 @@ def test_a_rank_sees_only_its_own_device_and_none_of_the_hosts_settings():
     from comfy_xdit.environment import rank_environment
 
     host = {
-        "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "4,5", "MASTER_PORT": "29500", "RANK": "7", "OMP_NUM_THREADS": "64",
+        "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "4,5", "MASTER_PORT": "29500", "RANK": "7",
+        "OMP_NUM_THREADS": "64",
         "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "HF_TOKEN": "secret",
     }  # fmt: skip
     environment = rank_environment(1, ("cuda:0", "cuda:1"), host)

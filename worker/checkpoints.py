@@ -97,7 +97,8 @@ class Checkpoint:
         except SafetensorError as error:
             size = file.stat().st_size
             raise InvalidInput(
-                f"{file.name} ({size} bytes) is damaged or not a safetensors file: {error}; download it again."
+                f"{file.name} ({size} bytes) is damaged or not a safetensors file: {error}; "
+                "download it again."
             ) from error
 
 

@@ -97,8 +97,8 @@ class Transformer:
         channels = self.family.latent_channels(self.config)
         if x.ndim != 4 or x.shape[1] != channels:
             raise InvalidInput(
-                f"the latent has shape {tuple(x.shape)}, {self.family.name} takes (batch, {channels}, height, "
-                f"width); make it with an empty latent node for {channels} channels."
+                f"the latent has shape {tuple(x.shape)}, {self.family.name} takes (batch, {channels}, "
+                f"height, width); make it with an empty latent node for {channels} channels."
             )
         if not torch.isfinite(x).all():
             raise InvalidInput(

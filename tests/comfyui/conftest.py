@@ -17,10 +17,9 @@ import torch
 
 from comfy_xdit.environment import ROOT
 from tests import tiny
-from tests.comfyui.inputs import DEMO
+from tests.comfyui.inputs import DEMO, SHIM, python_path
 
 HERE = Path(__file__).parent
-SHIM = HERE / "shim"
 COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
 EXTRAS = ("nodes_model_advanced", "nodes_model_merging")  # stock nodes outside ComfyUI's nodes.py
 # Everything the stock code of ComfyUI and its libraries warns about is theirs to mend.
@@ -41,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """ComfyUI's modules in this process, on CPU, with models of its own and the pack loaded."""
     runpy.run_path(str(SHIM / "sitecustomize.py"))
-    os.environ["PYTHONPATH"] = str(SHIM)  # for the ranks
+    os.environ["PYTHONPATH"] = python_path()  # for the ranks
     # First, as in ComfyUI itself: the pack and ComfyUI both have a `nodes`, a `tests` ...
     sys.path.insert(0, COMFYUI_DIR)
     cli_args = importlib.import_module("comfy.cli_args")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,13 @@ from comfy_xdit.environment import ROOT
 from comfy_xdit.parallel import ParallelConfig
 
 DEMO = ROOT / "assets" / "demo"
+SHIM = Path(__file__).parent / "shim"
+
+
+def python_path() -> str:
+    """PYTHONPATH of the processes that are started: the shim before what is inherited."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(SHIM), *(path for path in inherited if path and path != str(SHIM))])
 
 
 def layout(ranks: int = 1, **degrees: int) -> ParallelConfig:

@@ -21,6 +21,7 @@ import aiohttp
 import psutil
 
 from comfy_xdit.environment import ROOT
+from tests.comfyui.inputs import python_path
 
 START_SECONDS = 180.0
 SILENCE_SECONDS = 120.0
@@ -33,7 +34,7 @@ OnMessage = Callable[["Client", str, dict[str, Any]], Awaitable[None]]
 class Server:
     """`main.py` of a ComfyUI checkout on a free loopback port, with folders of its own."""
 
-    def __init__(self, comfyui: Path, base: Path, shim: Path):
+    def __init__(self, comfyui: Path, base: Path):
         (base / "custom_nodes").mkdir(parents=True)
         (base / "custom_nodes" / "comfy_xdit").symlink_to(ROOT, target_is_directory=True)
         self.base, self.port, self._log = base, _free_port(), base / "log.txt"
@@ -49,7 +50,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, str(comfyui / "main.py"), "--cpu", "--disable-api-nodes", *words],
                 cwd=base,
-                env={**os.environ, "PYTHONPATH": str(shim)},
+                env={**os.environ, "PYTHONPATH": python_path()},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

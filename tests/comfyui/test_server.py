@@ -18,7 +18,6 @@ from comfy_xdit.environment import ROOT
 from tests.comfyui.inputs import DEMO
 from tests.comfyui.server import Client, Run, Server
 
-SHIM = Path(__file__).parent / "shim"
 SAMPLER = "3"  # its id in the shipped workflows
 LOADER = "4"
 DRIVEN_BY = {"xdit_sampler": "demo_api.json", "ksampler": "demo_ksampler_api.json"}
@@ -29,7 +28,7 @@ LONG = 3000  # steps: long enough to be met in mid-run
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if not (DEMO / "pipeline").is_dir():
         pytest.skip("no demo model")
-    running = Server(Path(os.environ["COMFYUI_DIR"]), tmp_path_factory.mktemp("server"), SHIM)
+    running = Server(Path(os.environ["COMFYUI_DIR"]), tmp_path_factory.mktemp("server"))
     try:
         running.wait_until_ready()
         yield running
@@ -156,7 +155,7 @@ def test_invalid_input_is_an_error_of_the_node_and_the_ranks_stay(server):
 def test_no_rank_outlives_a_killed_server(tmp_path):
     if not (DEMO / "pipeline").is_dir():
         pytest.skip("no demo model")
-    server = Server(Path(os.environ["COMFYUI_DIR"]), tmp_path / "server", SHIM)
+    server = Server(Path(os.environ["COMFYUI_DIR"]), tmp_path / "server")
     try:
         server.wait_until_ready()
         _succeeds(server, _workflow("demo_api.json"))
