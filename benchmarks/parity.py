@@ -119,8 +119,8 @@ PAGE = """# Parity: N ranks against plain diffusers
 
 Relative L2, fp32, random tiny models in both file formats (diffusers folder, original single file; the
 worse counts), measured by `make parity` on {machine}, torch {torch}. Limits held by
-`tests/test_parity.py`: {per_call:g} per call, {per_run:g} per {steps}-step run (Euler, guidance {cfg:g}, prompts of
-different odd length, 5 x 7 image tokens).
+`tests/test_parity.py`: {per_call:g} per call, {per_run:g} per {steps}-step run (Euler, guidance
+{cfg:g}, prompts of different odd length, 5 x 7 image tokens).
 
 {table}
 

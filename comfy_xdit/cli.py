@@ -66,12 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="print nothing but errors and written files")
     run.set_defaults(command=_run)
 
-    demo = commands.add_parser("demo", help="draw a picture on two ranks and on one, and compare")
-    demo.add_argument("--prompt", help="e.g. 'a large green square on the right on a yellow background'")
-    demo.add_argument("--seed", type=int, help="makes the noise")
-    demo.add_argument("--output", type=Path, help="folder for demo.png and demo_compare.png (./output)")
-    demo.set_defaults(command=_demo)
-
     demo = commands.add_parser("demo", help="draw a picture on two ranks and on one, and compare them")
     demo.add_argument("prompt", nargs="?", help="e.g. 'a small red circle on the left on a blue background'")
     demo.add_argument("--output", type=Path, default=Path("output"), help="folder for pictures (./output)")
@@ -94,16 +88,6 @@ def _run(chosen: argparse.Namespace) -> int:
         print(f"done in {sum(finished.seconds.values()):.1f} s", file=sys.stderr)
     for path in finished.files:
         print(path)
-    return DONE
-
-
-def _demo(chosen: argparse.Namespace) -> int:
-    from comfy_xdit import demo
-
-    names = ("prompt", "seed", "output")
-    given = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
-    with _cooperative_interrupt():
-        demo.run(**given)
     return DONE
 
 

@@ -21,6 +21,14 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Say whether `spec` could be loaded under `parallel`, without loading it. Answer: None."""
+
+    spec: ModelSpec
+    parallel: ParallelConfig
+
+
+@dataclass(frozen=True)
 class Denoise:
     """One call of the transformer, with ComfyUI's arguments.
 
@@ -154,7 +162,7 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Denoise, Keep, Known, Sample, EncodeText, Decode, Encode, Stop,
+        Load, Check, Denoise, Keep, Known, Sample, EncodeText, Decode, Encode, Stop,
         Ready, Progress, Result, Failure, Cancelled, ModelSpec, ParallelConfig,
     )
 }  # fmt: skip

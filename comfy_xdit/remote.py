@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.group import worker_group
+from comfy_xdit.group import running_groups, worker_group
 from comfy_xdit.messages import (
+    Check,
     Decode,
     Denoise,
     Encode,
@@ -26,7 +27,7 @@ from comfy_xdit.messages import (
     Result,
     Sample,
 )
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.parallel import ParallelConfig, available_devices
 from comfy_xdit.spec import ModelSpec
 
 Interrupt = Callable[[], bool]
@@ -97,7 +98,15 @@ class Remote:
     ranks = None  # all of them
 
     def load(self, interrupted: Interrupt | None = None) -> dict[str, Any]:
-        """Have the spec loaded; fills and returns `info` (see worker/engine.py `describe`)."""
+        """Have the spec loaded; fills and returns `info` (`describe` of what the ranks loaded).
+
+        A group of another layout would have to go first. It is asked whether the spec is any good
+        under the new layout: a bad file or degree never costs a running group.
+        """
+        parallel = self.parallel.check(available_devices())
+        for group in running_groups():
+            if group.parallel != parallel and group.pids:
+                group.call(Check(self.spec, parallel), ranks=(0,), interrupted=interrupted)
         self.info = self._call(Load(self.spec), interrupted=interrupted).value
         return self.info
 

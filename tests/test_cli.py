@@ -132,7 +132,7 @@ def test_a_killed_rank_is_exit_code_1_and_named(long_run):
 @needs_demo
 def test_demo_compares_two_ranks_with_one(tmp_path, capsys):
     prompt = "a large green square on the right on a yellow background"
-    assert cli.main(["demo", "--prompt", prompt, "--output", str(tmp_path / "new")]) == cli.DONE
+    assert cli.main(["demo", prompt, "--output", str(tmp_path / "new")]) == cli.DONE
     printed = capsys.readouterr().out
     assert prompt in printed
     assert "two ranks against one" in printed

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from comfy_xdit.messages import Failure, Ready
+from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.rpc import Invitation, Rank
 from worker import lifeline
 
@@ -40,8 +41,7 @@ def _engine(end: Rank, invitation: Invitation) -> None:
     from worker.parallel import Degrees, RankGroups
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    degrees = Degrees(invitation.degrees["cfg_parallel_degree"], invitation.degrees["ulysses_degree"])
-    groups = RankGroups(end, degrees, device)
+    groups = RankGroups(end, Degrees.of(ParallelConfig(**invitation.degrees)), device)
     engine = Engine(groups)
     end.send(0, Ready(engine.report()))
     serve(end, engine.handlers(), device, groups.agree)

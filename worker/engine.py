@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Decode, Denoise, Encode, EncodeText, Keep, Known, Load, Sample
+from comfy_xdit.messages import Check, Decode, Denoise, Encode, EncodeText, Keep, Known, Load, Sample
 from comfy_xdit.spec import ModelSpec
 from worker.loop import Run
-from worker.parallel import RankGroups
+from worker.parallel import Degrees, RankGroups
 from worker.sampling import sample
 from worker.text import TextEncoders
 from worker.transformer import Transformer
@@ -38,6 +38,7 @@ class Engine:
         """The method for each message type."""
         return {
             Load: self.load,
+            Check: self.check,
             Denoise: self.denoise,
             Sample: self.sample,
             EncodeText: self.encode_text,
@@ -61,6 +62,10 @@ class Engine:
     def load(self, message: Load, _run: Run) -> dict[str, Any]:
         """Have the spec in memory; returns its description."""
         return self._require(message.spec).describe()
+
+    def check(self, message: Check, _run: Run) -> None:
+        """Open the spec, which finds everything that can be wrong with it, and let it go."""
+        self._open(message.spec, Degrees.of(message.parallel))
 
     def denoise(self, message: Denoise, _run: Run) -> torch.Tensor | None:
         """One transformer call; the output goes to the host from rank 0 only."""
@@ -96,7 +101,7 @@ class Engine:
         nothing that is loaded, and two models are never in memory at once.
         """
         if spec not in self._loaded:
-            model = self._open(spec)
+            model = self._open(spec, self._groups.degrees)
             same_kind = [s for s in self._loaded if s.kind == spec.kind]
             for old in same_kind[: len(same_kind) + 1 - KEPT_PER_KIND]:
                 del self._loaded[old]
@@ -106,9 +111,9 @@ class Engine:
             self._loaded[spec] = model
         return self._loaded[spec]
 
-    def _open(self, spec: ModelSpec) -> Loaded:
+    def _open(self, spec: ModelSpec, degrees: Degrees) -> Loaded:
         if spec.kind == "transformer":
-            return Transformer(spec, self._groups)
+            return Transformer(spec, self._groups, degrees)
         if spec.kind == "text_encoders":
             return TextEncoders(spec, self._groups.device)
         if spec.kind == "vae":

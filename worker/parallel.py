@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.rpc import Rank
 from worker import xfuser_compat
 
@@ -27,6 +28,11 @@ class Degrees:
 
     branches: int
     ulysses: int
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> Degrees:
+        """The degrees of a layout."""
+        return cls(parallel.cfg_parallel_degree, parallel.ulysses_degree)
 
     @property
     def sequence(self) -> int:

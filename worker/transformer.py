@@ -13,7 +13,7 @@ from comfy_xdit.spec import ModelSpec
 from worker.checkpoints import Checkpoint, read_json
 from worker.models import detect
 from worker.models.base import ModelFamily
-from worker.parallel import RankGroups, SequenceParallel, spread
+from worker.parallel import Degrees, RankGroups, SequenceParallel, spread
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PATCH = 2  # latent pixels per token side, of every family here
@@ -22,13 +22,13 @@ PATCH = 2  # latent pixels per token side, of every family here
 class Transformer:
     """One family's diffusers transformer on this rank's device, with its tokens spread if asked."""
 
-    def __init__(self, spec: ModelSpec, groups: RankGroups):
+    def __init__(self, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
         self._groups = groups
         folder = _model_folder(Path(spec.path))
         checkpoint = Checkpoint.at(folder)
         self.family: ModelFamily = detect(checkpoint.shapes, spec.path)
         self.config = self._config(checkpoint, folder)
-        self._check_heads()
+        _check_heads(self.family.name, self.config["num_attention_heads"], degrees)
         self.dtype = _dtype(spec.weight_dtype, checkpoint, groups.device)
         self._checkpoint, self._tokens = checkpoint, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
@@ -122,14 +122,14 @@ class Transformer:
             config |= {key: words[key] for key in config if key in words and key != "dual_attention_layers"}
         return config
 
-    def _check_heads(self) -> None:
-        heads, ulysses = self.config["num_attention_heads"], self._groups.degrees.ulysses
-        if heads % ulysses:
-            fits = [n for n in range(1, heads + 1) if heads % n == 0 and n <= self._groups.world_size]
-            raise InvalidInput(
-                f"ulysses_degree {ulysses} does not divide the {heads} attention heads of this "
-                f"{self.family.name}; set ulysses_degree to {' or '.join(map(str, fits))}."
-            )
+
+def _check_heads(family: str, heads: int, degrees: Degrees) -> None:
+    if heads % degrees.ulysses:
+        fits = [n for n in range(1, degrees.ulysses) if heads % n == 0]
+        raise InvalidInput(
+            f"ulysses_degree {degrees.ulysses} does not divide the {heads} attention heads of this {family}; "
+            f"set ulysses_degree to {' or '.join(map(str, fits))}, or choose fewer devices."
+        )
 
 
 def _model_folder(path: Path) -> Path:

