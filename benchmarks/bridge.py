@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/bridge.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["XDIT_OMP_NUM_THREADS"] = "1"  # the other ways copy with one thread as well
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; median ms per round trip")
     print(f"{'ranks':>5}  {'way':14}" + "".join(f"{size:>10}" for size in SIZES))
     results = {}
