@@ -137,7 +137,7 @@ class WorkerGroup:
     # ------------------------------------------------------------------ start and end
 
     def _ensure_started(self, interrupted: Callable[[], bool] | None) -> None:
-        if self._bridge is not None and any(p.poll() is not None for p in self._processes):
+        if self._bridge is not None and any(_has_ended(p.pid) for p in self._processes):
             # Died between two calls: nothing was asked of it, so the call need not fail.
             self._kill()
         if self._bridge is None:
@@ -292,6 +292,17 @@ class WorkerGroup:
         log.seek(max(0, size - LOG_TAIL_BYTES))
         text = log.read().decode(errors="replace").strip()
         return f"last lines of rank {rank}'s log:\n{text or '(empty)'}"
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child of this process has ended, reaped or not.
+
+    Not `Popen.poll`: while the watcher waits for the child, poll says None of a dead one.
+    """
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _watch(rank: int, process: subprocess.Popen[bytes], bridge: Host) -> None:

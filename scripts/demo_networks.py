@@ -35,7 +35,7 @@ SYNONYMS = {
 
 
 def trained_words() -> list[str]:
-    phrases = [*COLOURS, *SHAPES, *SIZES, *POSITIONS, "a", "an", "background"]
+    phrases = [*COLOURS, *SHAPES, *SIZES, *POSITIONS, "a", "an", "background", ","]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 

@@ -77,7 +77,7 @@ def caption_of(scene: Scene) -> str:
 
 def parse_caption(caption: str) -> Scene:
     """The scene of a caption; ValueError for words that caption_of would not write."""
-    match = _CAPTION.match(caption.strip().lower())
+    match = _CAPTION.match(caption.strip().lower().replace(",", ""))
     if match is None:
         raise ValueError(
             f"cannot read the caption {caption!r}: expected the form "
@@ -120,6 +120,12 @@ def shape_outline(shape: str) -> list[tuple[float, float]]:
     arm = 0.34
     corners = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
     return corners + [(-x, -y) for x, y in corners]
+
+
+def default_parts(colour: str) -> dict[str, str]:
+    """What is drawn where a caption leaves the choice open, so that short prompts work well."""
+    background = "black" if colour == "white" else "white"
+    return {"size": "large", "position": "in the centre", "background": background}
 
 
 def _jittered(colour: str, rng: random.Random, spread: int) -> tuple[int, ...]:

@@ -118,7 +118,7 @@ def adopt_sd3_constants(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Latents as the transformer sees them, in bfloat16's exponent range and little memory."""
+    """Latents as the transformer sees them: mean 0, deviation 1."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latents = vae.encode(pictures).latent_dist.mode().float()
     return (latents - SD3_SHIFT) * SD3_SCALE

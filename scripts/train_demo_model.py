@@ -2,8 +2,8 @@
 
 python scripts/train_demo_model.py --out assets/demo
 
-About 30 minutes on one idle CPU core, less on two. The schedules count steps, never seconds: the same
---minutes and --threads give the same model on the same kind of machine.
+About 27 minutes on one idle CPU core, less on two. The schedules count steps, never
+seconds: the same --minutes and --threads give the same model on the same kind of machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from demo_networks import (
     settle_vocabulary,
     single_file_state,
 )
-from demo_pictures import Scene, caption_of, draw_picture, training_scenes
+from demo_pictures import Scene, caption_of, default_parts, draw_picture, training_scenes
 from demo_vae import adopt_sd3_constants, encode_pictures, signal_to_noise, to_tensor, train_vae
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from moving_average import MovingAverage
@@ -33,14 +34,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-NOMINAL_MINUTES = 30
-VAE_STEPS, TRANSFORMER_STEPS = 2200, 3600  # what one slow core does in NOMINAL_MINUTES
+NOMINAL_MINUTES = 27
+VAE_STEPS, TRANSFORMER_STEPS = 2200, 2800  # what one slow core does in NOMINAL_MINUTES
 DRAWINGS_PER_SCENE = 4
 BATCH = 64
 SHIFT = 3.0  # flat colours are decided at high noise; also what ComfyUI samples SD3 with
 EMPTY_CAPTION_SHARE = 0.1
-# Shares of captions that do not mention these: a prompt of few words must work as well.
-OMISSION_SHARES = {"size": 0.15, "position": 0.1, "background": 0.1}
+OMISSION_SHARE = 0.6  # of the parts which are what a shorter caption would give as well
+COMMA_SHARE = 0.2
 # diffusers' pipeline stands max_sequence_length zero tokens in for a missing T5: the model
 # must get used to them, for a third of the time (they are slow), and mostly to none.
 ZERO_TOKENS = (0, 0, 16, 77, 256)
@@ -51,13 +52,22 @@ _WARM_UP = 100
 Report = Callable[[str], None]
 
 
-def omit(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with some of its optional parts left open."""
-    parts = {n: getattr(scene, n) for n in ("colour", "shape", "position", "background", "size")}
-    for name, share in OMISSION_SHARES.items():
-        if rng.random() < share:
-            parts[name] = None
-    return Scene(**parts)
+def training_caption(scene: Scene, rng: random.Random) -> str:
+    """A caption as people write it: often without the obvious parts, sometimes with commas."""
+    if rng.random() < EMPTY_CAPTION_SHARE:
+        return ""
+    defaults = default_parts(scene.colour)
+    omitted = {
+        name: None
+        for name, default in defaults.items()
+        if getattr(scene, name) == default and rng.random() < OMISSION_SHARE
+    }
+    scene = replace(scene, **omitted)
+    caption = caption_of(scene)
+    for part in (scene.position, scene.background and "on a"):
+        if part and rng.random() < COMMA_SHARE:
+            caption = caption.replace(f" {part}", f", {part}")
+    return caption
 
 
 def drawn_latents(vae: AutoencoderKL, scenes: Sequence[Scene], report: Report) -> torch.Tensor:
@@ -92,7 +102,7 @@ def build_pipeline(vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 
 
 class TrainingTexts:
-    """Captions as token numbers, with random omissions; each caption is tokenized once."""
+    """Captions as token numbers, in varying words; each caption is tokenized once."""
 
     def __init__(self, tokenizer: CLIPTokenizer, scenes: Sequence[Scene]) -> None:
         self.tokenizer = tokenizer
@@ -107,10 +117,7 @@ class TrainingTexts:
         return self.known[caption]
 
     def batch(self, indices: Sequence[int], rng: random.Random) -> torch.Tensor:
-        captions = [
-            "" if rng.random() < EMPTY_CAPTION_SHARE else caption_of(omit(self.scenes[i], rng))
-            for i in indices
-        ]
+        captions = [training_caption(self.scenes[i], rng) for i in indices]
         return torch.stack([self.tokens(caption) for caption in captions])
 
 
@@ -215,9 +222,8 @@ def train_transformer(
         average.update()
         recent += loss.item() / 100
         if step % 100 == 0:
-            report(
-                f"transformer {step}/{steps}  loss {recent:.4f}  {time.monotonic() - start:.0f} s"
-            )
+            seconds = time.monotonic() - start
+            report(f"transformer {step}/{steps}  loss {recent:.4f}  {seconds:.0f} s")
             recent = 0.0
         if step % max(1, steps // 4) == 0 or step == steps:
             average.swap()
@@ -276,9 +282,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--vae", type=Path, help="a trained autoencoder's folder, to train the rest only"
-    )
+    parser.add_argument("--vae", type=Path, help="folder of a trained autoencoder to keep")
     return parser.parse_args(arguments)
 
 

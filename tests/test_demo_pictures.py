@@ -97,7 +97,8 @@ def test_a_blot_has_no_shape():
 
 
 def test_score_counts_shares():
-    right, wrong = (draw_picture(s, random.Random(3)) for s in (SCENE, replace(SCENE, size="large")))
+    right = draw_picture(SCENE, random.Random(3))
+    wrong = draw_picture(replace(SCENE, size="large"), random.Random(3))
     result = score([caption_of(SCENE)] * 2, [right, wrong])
     assert (result.size, result.shape, result.all_right) == (0.5, 1.0, 1.0)
     with pytest.raises(ValueError, match="2 captions for 1 pictures"):
@@ -107,6 +108,7 @@ def test_score_counts_shares():
 def test_captions_and_scenes_are_the_same_thing():
     assert caption_of(SCENE) == "a small red circle on the left on a blue background"
     assert all(parse_caption(caption_of(scene)) == scene for scene in all_scenes())
+    assert parse_caption("A red circle, at the top") == parse_caption("a red circle at the top")
     open_scene = parse_caption("an orange cross")
     assert open_scene == Scene("orange", "cross")
     assert caption_of(open_scene) == "an orange cross"
