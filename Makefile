@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COMFYUI_VENV := .venv-comfyui
+COMFYUI_VENV := .venv-comfyui/$(notdir $(abspath $(COMFYUI_DIR)))
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
@@ -24,8 +24,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.bridge
 
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
+# One environment per checkout: each wants its own front end.
 test-comfyui: $(COMFYUI_VENV)/.ready
-	@test -n "$(COMFYUI_DIR)" || { echo "set COMFYUI_DIR to a ComfyUI checkout"; exit 2; }
 	COMFYUI_DIR="$(COMFYUI_DIR)" $(COMFYUI_VENV)/bin/python -m pytest tests/comfyui
 
 # The constraint file pins torch, so that no dependency pulls another build of it.
@@ -37,6 +37,7 @@ $(VENV)/.ready: pyproject.toml requirements.txt constraints.txt
 
 $(COMFYUI_VENV)/.ready: pyproject.toml requirements.txt constraints.txt
 	@test -n "$(COMFYUI_DIR)" || { echo "set COMFYUI_DIR to a ComfyUI checkout"; exit 2; }
+	mkdir -p $(COMFYUI_VENV)
 	$(PYTHON) -m venv $(COMFYUI_VENV)
 	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) torch
 	grep -vE '^(torch|torchvision|torchaudio)$$' "$(COMFYUI_DIR)/requirements.txt" > $(COMFYUI_VENV)/comfyui.txt
@@ -46,4 +47,4 @@ $(COMFYUI_VENV)/.ready: pyproject.toml requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(COMFYUI_VENV) output build *.egg-info
+	rm -rf $(VENV) .venv-comfyui output build *.egg-info

@@ -2,7 +2,7 @@
 
 python scripts/train_demo_model.py --out assets/demo
 
-About 27 minutes on one idle CPU core, less on two. The schedules count steps, never
+About 30 minutes on one CPU core, less on two. The schedules count steps, never
 seconds: the same --minutes and --threads give the same model on the same kind of machine.
 """
 
@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-NOMINAL_MINUTES = 27
+NOMINAL_MINUTES = 30
 VAE_STEPS, TRANSFORMER_STEPS = 2200, 2800  # what one slow core does in NOMINAL_MINUTES
 DRAWINGS_PER_SCENE = 4
 BATCH = 64

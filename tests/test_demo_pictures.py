@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import check_demo_pictures
 import numpy as np
 import pytest
-from PIL import Image
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-if str(SCRIPTS) not in sys.path:  # the scripts are programs beside each other, not a package
-    sys.path.append(str(SCRIPTS))
-
-import check_demo_pictures  # noqa: E402
-from check_demo_pictures import held_out_captions, judge, read_picture, score  # noqa: E402
-from demo_pictures import (  # noqa: E402
+from check_demo_pictures import held_out_captions, judge, read_picture, score
+from demo_pictures import (
     COLOURS,
     POSITIONS,
     SHAPES,
@@ -30,6 +22,7 @@ from demo_pictures import (  # noqa: E402
     parse_caption,
     training_scenes,
 )
+from PIL import Image
 
 SCENE = Scene("red", "circle", "on the left", "blue", "small")
 

@@ -5,6 +5,8 @@ import copy
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from comfy_xdit.environment import ROOT
-from tests.comfyui.inputs import DEMO
+from tests.comfyui.inputs import DEMO, python_path
 from tests.comfyui.server import Client, Run, Server
 
 SAMPLER = "3"  # its id in the shipped workflows
@@ -97,6 +99,32 @@ def test_shipped_workflow_draws_a_picture_with_progress_and_previews(server, pro
     with Image.open(server.base / "output" / files[0]["subfolder"] / files[0]["filename"]) as picture:
         assert picture.size == (128, 128)
         assert len(picture.convert("RGB").getcolors(128 * 128)) > 50
+
+
+def test_picture_equals_the_headless_one(server, prompt, tmp_path):
+    """Same file, same numbers: the pixels, which are rounded to 256 levels, differ by one at most."""
+    prompt = _with(prompt, seed=22)
+    run = _succeeds(server, prompt)
+    (files,) = (data["output"]["images"] for _, kind, data in run.messages if kind == "executed")
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text(json.dumps(prompt))
+
+    told = subprocess.run(
+        [sys.executable, "-m", "comfy_xdit", "run", workflow, "--output", tmp_path, "--quiet"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert told.returncode == 0, told.stderr
+    with (
+        Image.open(server.base / "output" / files[0]["subfolder"] / files[0]["filename"]) as theirs,
+        Image.open(told.stdout.split()[-1]) as ours,
+    ):
+        difference = ImageChops.difference(theirs.convert("RGB"), ours.convert("RGB"))
+        assert max(high for _, high in difference.getextrema()) <= 1
 
 
 def test_loader_is_not_run_again_and_ranks_stay(server, prompt):
