@@ -27,7 +27,14 @@ from demo_networks import (
     single_file_state,
 )
 from demo_pictures import Scene, caption_of, default_parts, draw_picture, training_scenes
-from demo_vae import adopt_sd3_constants, encode_pictures, signal_to_noise, to_tensor, train_vae
+from demo_vae import (
+    adopt_sd3_constants,
+    build_vae,
+    encode_pictures,
+    signal_to_noise,
+    to_tensor,
+    train_vae,
+)
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from moving_average import MovingAverage
 from safetensors.torch import save_file
@@ -250,6 +257,9 @@ def score_pipeline(pipeline: StableDiffusion3Pipeline, seed: int, zero_tokens: i
 
 def save_demo_model(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     """The pipeline folder for diffusers and the transformer's single file for ComfyUI, in fp16."""
+    # The tokenizer remembers how it was last called; that is no part of the model.
+    pipeline.tokenizer.backend_tokenizer.no_padding()
+    pipeline.tokenizer.backend_tokenizer.no_truncation()
     pipeline.to(torch.float16).save_pretrained(folder / "pipeline")
     for name in ("tokenizer", "tokenizer_2"):
         # Older readers want the vocabulary and the merges as separate files.
@@ -298,8 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     share = options.minutes / NOMINAL_MINUTES
     scenes = training_scenes()
     if options.vae:
-        vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32)
-        vae.eval().requires_grad_(False)
+        # Only its weights: diffusers would save the folder it came from with the configuration.
+        vae = build_vae().eval().requires_grad_(False)
+        vae.load_state_dict(AutoencoderKL.from_pretrained(options.vae).state_dict())
     else:
         vae = make_vae(scenes, max(4, round(VAE_STEPS * share)), report)
     latents = drawn_latents(vae, scenes, report)
