@@ -18,7 +18,7 @@ from tests import tiny
 from worker.models.sd3 import SD3
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "workflows" / "demo_api.json"
+DEMO = ROOT / "workflows" / "api" / "demo.json"
 FILE = ROOT / "assets" / "demo" / "demo_sd3.safetensors"
 TWO = {"strategy": "manual", "ulysses_degree": 2, "devices": "cpu,cpu"}
 
