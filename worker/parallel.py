@@ -154,6 +154,18 @@ class TokenLayout:
     rotary: str | None = None
 
 
+def _attention_backend(degrees: Degrees) -> str | None:
+    """xfuser's name of the attention to use; None lets xfuser choose.
+
+    A ring adds up blocks by their log-sum-exp, which PyTorch's plain attention keeps to itself: on a
+    GPU xfuser finds one that gives it (half precision only), on CPU there is S6. Without a ring
+    PyTorch's own choice among its kernels takes every dtype and shape.
+    """
+    if degrees.ring == 1:
+        return "SDPA"
+    return None if torch.cuda.is_available() else "SDPA_FLASH"
+
+
 class SequenceParallel:
     """Splits a diffusers transformer's tokens over the sequence ranks, inside its own forward.
 
@@ -238,9 +250,7 @@ def _start_runtime_state(transformer: nn.Module, degrees: Degrees) -> None:
         data_parallel_degree=degrees.branches,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
-        # A ring adds up blocks by their log-sum-exp: only some attention gives it. On a GPU xfuser
-        # chooses one that does.
-        attention_backend="SDPA_FLASH" if degrees.ring > 1 and not torch.cuda.is_available() else None,
+        attention_backend=_attention_backend(degrees),
     ).create_config()
     config.runtime_config.dtype = next(transformer.parameters()).dtype  # S8: fp16 by default
     state.initialize_runtime_state(pipeline, config)
