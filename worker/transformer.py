@@ -32,8 +32,8 @@ class Transformer:
         self.dtype = _dtype(spec.weight_dtype, checkpoint, groups.device)
         if degrees.ring > 1 and groups.device.type == "cuda" and self.dtype == torch.float32:
             raise InvalidInput(
-                f"ring_degree {degrees.ring} needs fp16 or bf16 on a GPU, and {spec.path} would be computed in "
-                "fp32; set weight_dtype to bf16, or ring_degree to 1."
+                f"ring_degree {degrees.ring} needs fp16 or bf16 on a GPU, and {spec.path} would be computed "
+                "in fp32; set weight_dtype to bf16, or ring_degree to 1."
             )
         self._checkpoint, self._tokens = checkpoint, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
