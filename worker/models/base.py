@@ -46,6 +46,8 @@ class ModelFamily(ABC):
     name: str
     layout: TokenLayout
     latent_format: LatentFormat
+    # Which blocks ComfyUI adds each list of ControlNet residuals after.
+    control: dict[str, str]
     # Keyword arguments of ComfyUI's transformer that the family takes; any other is refused.
     conditions: frozenset[str]
 

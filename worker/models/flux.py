@@ -6,7 +6,7 @@ Source of the mapping: black-forest-labs/flux model.py and diffusers' transforme
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ class Flux(ModelFamily):
         text_first=True, first_block="transformer_blocks.0", last_norm="norm_out", rotary="pos_embed"
     )
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
+    control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}
     conditions = frozenset({"context", "y", "guidance"})
 
     def detect(self, shapes: Shapes) -> bool:
