@@ -12,6 +12,7 @@ import torch
 from comfy_xdit.comfy_types.control import residuals
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import Remote, RemoteModel
@@ -46,6 +47,7 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     """
     twin = build_twin(remote.spec.path, compute_dtype(remote))
     setattr(twin, HANDLE, remote)
+    pair_prompts(twin)
     _send_calls_to(remote, twin.diffusion_model)
     management = comfy.model_management
     return RemotePatcher(twin, management.get_torch_device(), management.unet_offload_device())
@@ -143,4 +145,9 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
             "of comfy_xdit. Use the stock loader."
         )
     conditions = {name: value for name, value in given.items() if value is not None}
+    if control is not None and LENGTHS in conditions:
+        raise InvalidInput(
+            "a ControlNet was given prompts of different length in one batch, which it cannot tell from "
+            "padding. Apply the ControlNet to positive and negative with 'Apply ControlNet' (advanced)."
+        )
     return _Arguments(x, timestep, conditions, control)
