@@ -15,11 +15,10 @@ from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals
 from worker.models import detect
-from worker.models.base import ModelFamily
+from worker.models.base import ModelFamily, to_whole_patches
 from worker.parallel import Degrees, RankGroups, SequenceParallel, spread
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PATCH = 2  # latent pixels per token side, of every family here
 
 
 class Transformer:
@@ -43,6 +42,7 @@ class Transformer:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
         self.module.to(self._groups.device).eval().requires_grad_(False)
+        self.family.prepare(self.module)
         if self._groups.degrees.sequence > 1:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
         own = self._tokens.own_image if self._tokens else lambda tokens: tokens
@@ -76,7 +76,7 @@ class Transformer:
     ) -> torch.Tensor:
         """The transformer's output for (B, C, H, W), in x's dtype. All sequence ranks call it alike."""
         height, width = x.shape[-2:]
-        padded = _to_whole_patches(x.to(self.dtype))
+        padded = to_whole_patches(x.to(self.dtype))
         call = self.family.call(self.config, padded, timestep, conditions)
         spread_tokens = (
             self._tokens.tokens(call.image_tokens, call.text_tokens) if self._tokens else nullcontext()
@@ -122,7 +122,7 @@ class Transformer:
         lengths = {name: value for name, value in conditions.items() if name == LENGTHS and value is not None}
         conditions = {name: value for name, value in conditions.items() if name != LENGTHS}
         conditions = self.family.check_conditions(conditions)
-        call = self.family.call(self.config, _to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
+        call = self.family.call(self.config, to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
         width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         check_residuals(control, self.family.control, x.shape[0], call.image_tokens, width)
         return conditions | lengths
@@ -180,12 +180,3 @@ def _check_complete(
                 f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
                 "damaged or of a variant this version does not know."
             )
-
-
-def _to_whole_patches(x: torch.Tensor) -> torch.Tensor:
-    """Pad height and width to whole patches, circularly as ComfyUI does; `predict` cuts it off again."""
-    height, width = x.shape[-2:]
-    down, right = -height % PATCH, -width % PATCH
-    if not (down or right):
-        return x
-    return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")
