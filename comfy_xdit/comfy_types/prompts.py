@@ -17,10 +17,9 @@ from comfy.patcher_extension import WrappersMP
 
 # A key that ComfyUI's transformers take with their other keywords, and the ranks know.
 LENGTHS = "context_lengths"
-# Wrappers of these kinds see the padded prompts, and could change or lengthen them. ComfyUI's own
-# step caches do neither.
+# Wrappers of these kinds see the padded prompts and could change or lengthen them, or judge a call by
+# what is in it (EasyCache).
 SEEING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
-STEP_CACHES = ("easycache", "lazycache")
 
 
 class Prompt(comfy.conds.CONDRegular):
@@ -92,10 +91,4 @@ def _arrives_unchanged(patcher: Any) -> bool:
     if options.get("model_function_wrapper") or options.get("context_handler"):
         return False
     registered = (patcher.wrappers, options.get("transformer_options", {}).get("wrappers", {}))
-    return not any(
-        functions
-        for wrappers in registered
-        for kind in SEEING
-        for key, functions in wrappers.get(kind, {}).items()
-        if key not in STEP_CACHES
-    )
+    return not any(any(wrappers.get(kind, {}).values()) for wrappers in registered for kind in SEEING)

@@ -17,6 +17,12 @@ LAYOUTS = {
 }
 
 
+_SHORT = {
+    "seed": 7, "steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+    "latent_image": empty_latent(1, 10, 14),
+}  # fmt: skip
+
+
 # Of module scope, so that the tests of one layout run together: another layout is other processes.
 @pytest.fixture(params=LAYOUTS, scope="module")
 def degrees(request) -> dict[str, int]:
@@ -107,6 +113,34 @@ def test_runs(run_node, models, size, cfg):
 
 def test_batch_and_prompts_of_different_length(run_node, models):
     assert _difference(run_node, models, models.net, empty_latent(2, 10, 14), longer=31) <= PER_RUN
+
+
+def test_the_older_node_for_both_sides_at_once(run_node, models, monkeypatch):
+    """The negative prompt gets its ControlNet after it was encoded, and is still one batch with the other."""
+    from comfy_xdit.remote import RemoteModel
+
+    denoise, batches = RemoteModel.denoise, []
+    monkeypatch.setattr(
+        RemoteModel,
+        "denoise",
+        lambda self, **call: batches.append(call["x"].shape[0]) or denoise(self, **call),
+    )
+    for length, expected in ((12, [2] * 3), (20, [1] * 6)):
+        (positive,) = run_node(
+            "ControlNetApply",
+            conditioning=random_conditioning(models.ours, 1),
+            control_net=models.net,
+            image=_hint(10, 14),
+            strength=0.8,
+        )
+        negative = random_conditioning(models.ours, 2, length)
+        pictures = [
+            run_node("KSampler", model=model, positive=positive, negative=negative, **_SHORT)[0]["samples"]
+            for model in (models.ours, models.stock)
+        ]
+        assert relative_l2(*pictures) <= PER_RUN
+        assert batches == expected
+        batches.clear()
 
 
 def test_one_after_another(run_node, models):
