@@ -35,6 +35,8 @@ class Denoise:
     `x` is (B, C, H, W), already scaled as the transformer expects; `timestep` is (B,), what
     ComfyUI hands to the transformer; `conditions` are the keyword arguments (context, y, guidance
     ...), each a tensor, a plain value, or a `Known` tensor. `forget` names tensors to drop.
+    `control` holds the residuals of ControlNets on the host, (B or 1, tokens, width) or None per
+    block, by the names ComfyUI gives the lists. They change with every call and are not kept.
     Answer: the transformer's output, shaped like `x`.
     """
 
@@ -43,6 +45,7 @@ class Denoise:
     timestep: torch.Tensor
     conditions: dict[str, Any]
     forget: tuple[int, ...] = ()
+    control: dict[str, list[torch.Tensor | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,23 @@ WORDS: dict[str, type] = {
 
 @dataclass
 class Flat:
-    """A message in plain form: `head` is JSON-able and names tensors by their place in `tensors`."""
+    """A message in plain form: `head` is JSON-able and names tensors by their place in `tensors`.
+
+    A tensor that stands in a message several times (a ControlNet gives one residual to many
+    blocks) is in `tensors` once.
+    """
 
     head: Any = None
     tensors: list[torch.Tensor] = field(default_factory=list)
+    _places: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def place(self, tensor: torch.Tensor) -> int:
+        """Where `tensor` is in `tensors`, where it is put the first time."""
+        # `tensors` keeps every one alive, so no id is given twice.
+        place = self._places.setdefault(id(tensor), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(tensor)
+        return place
 
 
 def flatten(message: Any) -> Flat:
@@ -183,25 +199,24 @@ def flatten(message: Any) -> Flat:
         TypeError: something in it is neither plain data, a tensor nor a word of this module.
     """
     flat = Flat()
-    flat.head = _plain(message, flat.tensors)
+    flat.head = _plain(message, flat)
     return flat
 
 
-def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
+def _plain(value: Any, flat: Flat) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return {"tensor": len(tensors) - 1}
+        return {"tensor": flat.place(value)}
     if isinstance(value, list):
-        return [_plain(v, tensors) for v in value]
+        return [_plain(v, flat) for v in value]
     if isinstance(value, tuple):
-        return {"tuple": [_plain(v, tensors) for v in value]}
+        return {"tuple": [_plain(v, flat) for v in value]}
     if isinstance(value, dict):
-        return {"dict": [[_plain(k, tensors), _plain(v, tensors)] for k, v in value.items()]}
+        return {"dict": [[_plain(k, flat), _plain(v, flat)] for k, v in value.items()]}
     name = type(value).__name__
     if is_dataclass(value) and WORDS.get(name) is type(value):
-        return {name: {f.name: _plain(getattr(value, f.name), tensors) for f in fields(value)}}
+        return {name: {f.name: _plain(getattr(value, f.name), flat) for f in fields(value)}}
     raise TypeError(f"{name} cannot cross the bridge: only plain data and tensors can")
 
 

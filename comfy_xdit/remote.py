@@ -126,6 +126,7 @@ class RemoteModel(Remote):
         timestep: torch.Tensor,
         conditions: dict[str, Any],
         interrupted: Interrupt | None = None,
+        control: dict[str, list[torch.Tensor | None]] | None = None,
     ) -> torch.Tensor:
         """One transformer call with ComfyUI's arguments.
 
@@ -133,6 +134,7 @@ class RemoteModel(Remote):
             x: (B, C, H, W) latent as the transformer expects it.
             timestep: (B,) as ComfyUI hands it to the transformer.
             conditions: keyword arguments (context, y, guidance ...).
+            control: residuals of ControlNets, one list per place (see `Denoise`).
 
         Returns:
             The output, (B, C, H, W), on CPU.
@@ -140,7 +142,7 @@ class RemoteModel(Remote):
 
         def message(generation: int) -> Denoise:
             referred = self.sent.refer(conditions, generation)
-            return Denoise(self.spec, x, timestep, referred, self.sent.take_forgotten())
+            return Denoise(self.spec, x, timestep, referred, self.sent.take_forgotten(), control)
 
         try:
             return self._call(message, interrupted=interrupted).value

@@ -26,6 +26,7 @@ FLUX_CONFIG = {
     "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 32,
     "guidance_embeds": True, "axes_dims_rope": (4, 14, 14),
 }  # fmt: skip
+FLUX_HIDDEN = FLUX_CONFIG["num_attention_heads"] * FLUX_CONFIG["attention_head_dim"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Check, Decode, Denoise, Encode, EncodeText, Keep, Known, Load, Sample
 from comfy_xdit.spec import ModelSpec
+from worker.batch import Batch
 from worker.loop import Run
 from worker.parallel import Degrees, RankGroups
 from worker.sampling import sample
@@ -73,8 +74,9 @@ class Engine:
             self._tensors.pop(name, None)
         conditions = self._resolve(message.conditions)
         transformer = self._require(message.spec)
-        conditions = transformer.check(message.x, conditions)
-        output = transformer.predict_batch(message.x, message.timestep, conditions)
+        conditions = transformer.check(message.x, conditions, message.control)
+        batch = Batch(message.x, message.timestep, conditions, message.control)
+        output = transformer.predict_batch(batch)
         return output if self._groups.rank == 0 else None
 
     def sample(self, message: Sample, run: Run) -> torch.Tensor | None:

@@ -133,6 +133,10 @@ class Shard:
         shape[dim] = self.size - count
         return torch.cat([part, part.new_zeros(shape)], dim)
 
+    def own(self, tokens: torch.Tensor, rank: int) -> torch.Tensor:
+        """What the part of `rank` has of (B, n, D), n at most `length`; no padding, and maybe nothing."""
+        return tokens[:, rank * self.size : (rank + 1) * self.size]
+
 
 def true_positions(shards: tuple[Shard, ...], ranks: range, device: torch.device) -> torch.Tensor:
     """Where the true tokens are when the parts of `ranks`, each of all `shards`, lie one behind another."""
@@ -198,6 +202,10 @@ class SequenceParallel:
         self._image, self._text = Shard(image, ranks), Shard(text, ranks)
         with xfuser_compat.valid_keys(self._valid_keys()):
             yield
+
+    def own_image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This rank's part of something on the image tokens, or on the first of them."""
+        return self._image.own(tokens, self._groups.sequence_rank)
 
     def _split(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rank = self._groups.sequence_rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from accelerate import init_empty_weights
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.spec import ModelSpec
+from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, read_json
+from worker.control import ControlResiduals, Residuals, check_residuals
 from worker.models import detect
-from worker.models.base import ModelFamily
+from worker.models.base import ModelFamily, to_whole_patches
 from worker.parallel import Degrees, RankGroups, SequenceParallel, spread
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PATCH = 2  # latent pixels per token side, of every family here
 
 
 class Transformer:
@@ -45,8 +47,11 @@ class Transformer:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
         self.module.to(self._groups.device).eval().requires_grad_(False)
+        self.family.prepare(self.module)
         if self._groups.degrees.sequence > 1:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
+        own = self._tokens.own_image if self._tokens else lambda tokens: tokens
+        self._control = ControlResiduals(self.module, self.family.control, own)
 
     def describe(self) -> dict[str, Any]:
         """What the host needs to know: plain values only."""
@@ -67,37 +72,46 @@ class Transformer:
             },
         }
 
-    def predict(self, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]) -> torch.Tensor:
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, Any],
+        control: Residuals | None = None,
+    ) -> torch.Tensor:
         """The transformer's output for (B, C, H, W), in x's dtype. All sequence ranks call it alike."""
         height, width = x.shape[-2:]
-        padded = _to_whole_patches(x.to(self.dtype))
+        padded = to_whole_patches(x.to(self.dtype))
         call = self.family.call(self.config, padded, timestep, conditions)
-        if self._tokens is None:
+        spread_tokens = (
+            self._tokens.tokens(call.image_tokens, call.text_tokens) if self._tokens else nullcontext()
+        )
+        with spread_tokens, self._control.of(control):
             (sample,) = self.module(**call.kwargs, return_dict=False)
-        else:
-            with self._tokens.tokens(call.image_tokens, call.text_tokens):
-                (sample,) = self.module(**call.kwargs, return_dict=False)
         return self.family.output(self.config, sample, padded)[..., :height, :width].to(x.dtype)
 
-    def predict_batch(
-        self, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]
-    ) -> torch.Tensor:
+    def predict_batch(self, batch: Batch) -> torch.Tensor:
         """As `predict`, with the batch spread over the branches when they divide it."""
-        branches, batch = self._groups.degrees.branches, x.shape[0]
-        if branches == 1 or batch % branches:
-            return self.predict(x, timestep, conditions)
-
-        def part(branch: int) -> torch.Tensor:
-            def cut(value: Any) -> Any:
-                batched = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch
-                return value.chunk(branches)[branch] if batched else value
-
-            return self.predict(cut(x), cut(timestep), {k: cut(v) for k, v in conditions.items()})
-
-        calls = [lambda branch=branch: part(branch) for branch in range(branches)]
+        branches = self._groups.degrees.branches
+        if branches == 1 or len(batch) % branches:
+            return self._predict_by_length(batch)
+        calls = [lambda part=part: self._predict_by_length(part) for part in batch.parts(branches)]
         return torch.cat(spread(self._groups, calls))
 
-    def check(self, x: torch.Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    def _predict_by_length(self, batch: Batch) -> torch.Tensor:
+        """As `predict`, prompt lengths apart: padding would be attended to."""
+        order: list[int] = []
+        outputs = []
+        for rows, group in batch.by_length():
+            order += rows
+            outputs.append(self.predict(group.x, group.timestep, group.conditions, group.control))
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.cat(outputs)[torch.tensor(order).argsort()]
+
+    def check(
+        self, x: torch.Tensor, conditions: dict[str, Any], control: Residuals | None = None
+    ) -> dict[str, Any]:
         """The conditions that are set. Raises InvalidInput before any rank has begun to compute."""
         channels = self.family.latent_channels(self.config)
         if x.ndim != 4 or x.shape[1] != channels:
@@ -109,9 +123,14 @@ class Transformer:
             raise InvalidInput(
                 "the latent holds values that are not finite (NaN or infinity); check the node that made it."
             )
+        check_lengths(conditions, x.shape[0])
+        lengths = {name: value for name, value in conditions.items() if name == LENGTHS and value is not None}
+        conditions = {name: value for name, value in conditions.items() if name != LENGTHS}
         conditions = self.family.check_conditions(conditions)
-        self.family.call(self.config, _to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
-        return conditions
+        call = self.family.call(self.config, to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        check_residuals(control, self.family.control, x.shape[0], call.image_tokens, width)
+        return conditions | lengths
 
     def _config(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         try:
@@ -166,12 +185,3 @@ def _check_complete(
                 f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
                 "damaged or of a variant this version does not know."
             )
-
-
-def _to_whole_patches(x: torch.Tensor) -> torch.Tensor:
-    """Pad height and width to whole patches, circularly as ComfyUI does; `predict` cuts it off again."""
-    height, width = x.shape[-2:]
-    down, right = -height % PATCH, -width % PATCH
-    if not (down or right):
-        return x
-    return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from comfy_xdit.environment import ROOT
 from tests import tiny
@@ -86,6 +87,52 @@ def tiny_sd3(comfyui: SimpleNamespace) -> str:
     with torch.inference_mode(False):
         tiny.write_native(SD3(), module, config, comfyui.models / "diffusion_models" / name)
     return name
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_diffusers(comfyui: SimpleNamespace, tiny_sd3: str) -> str:
+    """The same weights under diffusers' names."""
+    from worker.models.sd3 import SD3
+
+    config = {**tiny.SD3_CONFIG, "num_layers": tiny.SD3_CONFIG["num_attention_heads"]}
+    name = "tiny_sd3_diffusers.safetensors"
+    with torch.inference_mode(False):
+        tensors = {k: v.contiguous() for k, v in tiny.build(SD3(), config).state_dict().items()}
+        save_file(tensors, comfyui.models / "diffusion_models" / name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(comfyui: SimpleNamespace) -> Iterator[str]:
+    """A Flux file with random weights, of a width ComfyUI is told; its name for the loaders.
+
+    ComfyUI takes Flux's widths from FLUX.1 instead of the file. Stock loader and twin see the same.
+    """
+    from worker.models.flux import Flux
+
+    detection = importlib.import_module("comfy.model_detection")
+    original = detection.detect_unet_config
+
+    def detect(state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> Any:
+        config = original(state_dict, prefix, *args, **kwargs)
+        first = state_dict.get(f"{prefix}img_in.weight")
+        if config and config.get("image_model") == "flux" and first.shape[0] == tiny.FLUX_HIDDEN:
+            config |= {
+                "hidden_size": tiny.FLUX_HIDDEN,
+                "num_heads": tiny.FLUX_CONFIG["num_attention_heads"],
+                "axes_dim": list(tiny.FLUX_CONFIG["axes_dims_rope"]),
+                "context_in_dim": tiny.FLUX_CONFIG["joint_attention_dim"],
+                "vec_in_dim": tiny.FLUX_CONFIG["pooled_projection_dim"],
+            }
+        return config
+
+    detection.detect_unet_config = detect
+    name = "tiny_flux.safetensors"
+    with torch.inference_mode(False):
+        module = tiny.build(Flux(), tiny.FLUX_CONFIG)
+        tiny.write_native(Flux(), module, tiny.FLUX_CONFIG, comfyui.models / "diffusion_models" / name)
+    yield name
+    detection.detect_unet_config = original
 
 
 @pytest.fixture(scope="session")

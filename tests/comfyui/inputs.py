@@ -29,10 +29,12 @@ def layout(ranks: int = 1, **degrees: int) -> ParallelConfig:
 def random_conditioning(model: Any, seed: int, tokens: int = 12) -> list[Any]:
     """A CONDITIONING of random numbers that fits the transformer of `model`."""
     shapes = {name: tuple(p.shape) for name, p in model.model.diffusion_model.named_parameters()}
+    width = next(shapes[name][1] for name in ("context_embedder.weight", "txt_in.weight") if name in shapes)
+    pooled_names = ("y_embedder.mlp.0.weight", "vector_in.in_layer.weight")
+    pooled_width = next(shapes[name][1] for name in pooled_names if name in shapes)
     generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, shapes["context_embedder.weight"][1], generator=generator)
-    pooled = torch.randn(1, shapes["y_embedder.mlp.0.weight"][1], generator=generator)
-    return [[context, {"pooled_output": pooled}]]
+    context = torch.randn(1, tokens, width, generator=generator)
+    return [[context, {"pooled_output": torch.randn(1, pooled_width, generator=generator)}]]
 
 
 def empty_latent(batch: int = 1, height: int = 16, width: int = 16) -> dict[str, torch.Tensor]:

@@ -13,6 +13,8 @@ from comfy_xdit.errors import InvalidInput
 from worker.checkpoints import Shapes, Source
 from worker.parallel import TokenLayout
 
+PATCH = 2  # latent pixels per side of a token, of every family here
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,6 +48,8 @@ class ModelFamily(ABC):
     name: str
     layout: TokenLayout
     latent_format: LatentFormat
+    # Which blocks ComfyUI adds each list of ControlNet residuals after.
+    control: dict[str, str]
     # Keyword arguments of ComfyUI's transformer that the family takes; any other is refused.
     conditions: frozenset[str]
 
@@ -60,6 +64,9 @@ class ModelFamily(ABC):
     @abstractmethod
     def build(self, config: dict[str, Any]) -> nn.Module:
         """The diffusers transformer, without weights."""
+
+    def prepare(self, module: nn.Module) -> None:  # noqa: B027 - most families need nothing
+        """Put right on the loaded transformer where diffusers computes otherwise than ComfyUI."""
 
     @abstractmethod
     def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
@@ -107,6 +114,15 @@ class ModelFamily(ABC):
                 f"text encoders of {self.name} (another model's CLIP does not fit)."
             )
         return value
+
+
+def to_whole_patches(x: torch.Tensor) -> torch.Tensor:
+    """Pad height and width to whole patches, circularly as ComfyUI does."""
+    height, width = x.shape[-2:]
+    down, right = -height % PATCH, -width % PATCH
+    if not (down or right):
+        return x
+    return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")
 
 
 def depth(shapes: Shapes, prefix: str) -> int:

@@ -7,7 +7,7 @@ Source of the mapping: stabilityai/sd3-ref mmdit.py and diffusers' transformer_s
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class SD3(ModelFamily):
     name = "sd3"
     layout = TokenLayout(text_first=False, first_block="transformer_blocks.0", last_norm="norm_out")
     latent_format = LatentFormat(scale_factor=1.5305, shift_factor=0.0609)
+    control: ClassVar = {"output": "transformer_blocks"}
     conditions = frozenset({"context", "y"})
 
     def detect(self, shapes: Shapes) -> bool:

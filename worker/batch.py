@@ -1,0 +1,84 @@
+"""The rows of one call of the transformer: pictures, each with its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from comfy_xdit.errors import InvalidInput
+
+LENGTHS = "context_lengths"
+Rows = slice | list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ComfyUI's arguments of one call (see `messages.Denoise`).
+
+    Prompts of different length come as one context, padded behind, with their true lengths (B,) in
+    the condition `context_lengths`.
+    """
+
+    x: torch.Tensor
+    timestep: torch.Tensor
+    conditions: dict[str, Any]
+    control: dict[str, list[torch.Tensor | None]] | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def rows(self, rows: Rows) -> Batch:
+        """Some of the rows. What has no row of its own (one guidance for all) is left whole."""
+        size = len(self)
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value[rows] if value.ndim and value.shape[0] == size else value
+            if isinstance(value, dict):
+                return {name: cut(part) for name, part in value.items()}
+            return [cut(part) for part in value] if isinstance(value, list) else value
+
+        return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control))
+
+    def parts(self, count: int) -> list[Batch]:
+        """The rows in `count` parts of one size."""
+        size = len(self) // count
+        return [self.rows(slice(i * size, (i + 1) * size)) for i in range(count)]
+
+    def by_length(self) -> Iterator[tuple[list[int], Batch]]:
+        """Rows whose prompts are of one length, without padding, and where they stand in this batch."""
+        if LENGTHS not in self.conditions:
+            yield list(range(len(self))), self
+            return
+        lengths = self.conditions[LENGTHS].tolist()
+        for length in dict.fromkeys(lengths):
+            rows = [i for i, other in enumerate(lengths) if other == length]
+            group = self if len(rows) == len(lengths) else self.rows(rows)
+            conditions = {name: value for name, value in group.conditions.items() if name != LENGTHS}
+            conditions["context"] = conditions["context"][:, :length]
+            yield rows, replace(group, conditions=conditions)
+
+
+def check_lengths(conditions: dict[str, Any], batch: int) -> None:
+    """Raise InvalidInput when `context_lengths` does not say how the context was padded.
+
+    A node that changed the context after the host padded it would be cut short in silence.
+    """
+    lengths, context = conditions.get(LENGTHS), conditions.get("context")
+    if lengths is None:
+        return
+    fits = (
+        isinstance(context, torch.Tensor)
+        and tuple(lengths.shape) == (batch,) == tuple(context.shape[:1])
+        and int(lengths.min()) > 0
+        and int(lengths.max()) == context.shape[1]
+    )
+    if not fits:
+        shape = tuple(context.shape) if isinstance(context, torch.Tensor) else None
+        raise InvalidInput(
+            f"the prompts' lengths {lengths.tolist()} do not fit a context of shape {shape} for {batch} "
+            "pictures: a node changed the prompts between the sampler and the transformer. Remove that node."
+        )
