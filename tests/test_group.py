@@ -153,14 +153,17 @@ def test_every_listener_is_on_loopback(group, tiny_models):
 def test_a_message_without_the_secret_is_refused(tiny_models):
     import torch.distributed as dist
 
+    others = set(listeners([os.getpid()]))
     group = WorkerGroup(ParallelConfig())
-    group.call(long_run(tiny_models["sd3"], 1))
-    port = int(listeners([os.getpid()])[-1].rsplit(":", 1)[1])
-    rogue = dist.TCPStore("127.0.0.1", port, None, False)
-    rogue.queue_push("events", b"x" * 32 + b'{"route": "events/0", "sequence": 0, "rank": 0}')
-    with pytest.raises(WorkerDied, match="bad signature"):
-        group.call(long_run(tiny_models["sd3"], 50))
-    group.close()
+    try:
+        group.call(long_run(tiny_models["sd3"], 1))
+        (place,) = set(listeners([os.getpid()])) - others
+        rogue = dist.TCPStore("127.0.0.1", int(place.rsplit(":", 1)[1]), None, False)
+        rogue.queue_push("events", b"x" * 32 + b'{"route": "events/0", "sequence": 0, "rank": 0}')
+        with pytest.raises(WorkerDied, match="bad signature"):
+            group.call(long_run(tiny_models["sd3"], 50))
+    finally:
+        group.close()
 
 
 def test_a_rank_sees_only_its_own_device_and_none_of_the_hosts_settings():
