@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from comfy_xdit.errors import InvalidInput
 
@@ -43,11 +44,6 @@ class Batch:
 
         return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control))
 
-    def parts(self, count: int) -> list[Batch]:
-        """The rows in `count` parts of one size."""
-        size = len(self) // count
-        return [self.rows(slice(i * size, (i + 1) * size)) for i in range(count)]
-
     def by_length(self) -> Iterator[tuple[list[int], Batch]]:
         """Rows whose prompts are of one length, without padding, and where they stand in this batch."""
         if LENGTHS not in self.conditions:
@@ -60,6 +56,23 @@ class Batch:
             conditions = {name: value for name, value in group.conditions.items() if name != LENGTHS}
             conditions["context"] = conditions["context"][:, :length]
             yield rows, replace(group, conditions=conditions)
+
+
+def join(sides: list[dict[str, Any]]) -> dict[str, Any]:
+    """The conditions of several sides of guidance as one batch, one side behind the other.
+
+    Each is (B, ...); contexts of different length are padded and get `context_lengths`.
+    """
+    contexts = [side["context"] for side in sides]
+    lengths = [context.shape[1] for context in contexts]
+    joined = {name: torch.cat([side[name] for side in sides]) for name in sides[0] if name != "context"}
+    joined["context"] = torch.cat(
+        [pad(context, (0, 0, 0, max(lengths) - context.shape[1])) for context in contexts]
+    )
+    if len(set(lengths)) > 1:
+        rows = [length for length, context in zip(lengths, contexts, strict=True) for _ in context]
+        joined[LENGTHS] = torch.tensor(rows)
+    return joined
 
 
 def check_lengths(conditions: dict[str, Any], batch: int) -> None:

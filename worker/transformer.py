@@ -16,7 +16,7 @@ from worker.checkpoints import Checkpoint, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals
 from worker.models import detect
 from worker.models.base import ModelFamily, to_whole_patches
-from worker.parallel import Degrees, RankGroups, SequenceParallel, spread
+from worker.parallel import Degrees, RankGroups, SequenceParallel, Shard
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -91,12 +91,19 @@ class Transformer:
         return self.family.output(self.config, sample, padded)[..., :height, :width].to(x.dtype)
 
     def predict_batch(self, batch: Batch) -> torch.Tensor:
-        """As `predict`, with the batch spread over the branches when they divide it."""
+        """As `predict`, with the rows of the batch spread over the branches, as evenly as they go.
+
+        With fewer rows than branches some have none; a batch of one row is computed by all, which
+        costs no time and no exchange.
+        """
         branches = self._groups.degrees.branches
-        if branches == 1 or len(batch) % branches:
+        if branches == 1 or len(batch) == 1:
             return self._predict_by_length(batch)
-        calls = [lambda part=part: self._predict_by_length(part) for part in batch.parts(branches)]
-        return torch.cat(spread(self._groups, calls))
+        shard, branch = Shard(len(batch), branches), self._groups.branch
+        own = batch.rows(slice(shard.start(branch), shard.start(branch + 1)))
+        # Sequence ranks of one branch have the same rows, so that one without any skips as a whole.
+        outputs = self._predict_by_length(own) if len(own) else batch.x[:0]
+        return self._groups.gather_rows(outputs, shard)
 
     def _predict_by_length(self, batch: Batch) -> torch.Tensor:
         """As `predict`, prompt lengths apart: padding would be attended to."""
