@@ -14,6 +14,7 @@ from worker.checkpoints import Checkpoint, read_json
 from worker.models import detect
 from worker.models.base import ModelFamily
 from worker.parallel import Degrees, RankGroups, SequenceParallel, spread
+from worker.patching import PatchedWeights, PatchStore
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PATCH = 2  # latent pixels per token side, of every family here
@@ -30,7 +31,7 @@ class Transformer:
         self.config = self._config(checkpoint, folder)
         _check_heads(self.family.name, self.config["num_attention_heads"], degrees)
         self.dtype = _dtype(spec.weight_dtype, checkpoint, groups.device)
-        self._checkpoint, self._tokens = checkpoint, None
+        self._checkpoint, self._tokens, self._patched = checkpoint, None, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         with init_empty_weights():
             self.module = self.family.build(self.config)
@@ -40,8 +41,19 @@ class Transformer:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
         self.module.to(self._groups.device).eval().requires_grad_(False)
+        native = self.family.native_mapping(self.config)
+        weights = self.module.state_dict()
+        self._patched = PatchedWeights(weights, native, self._checkpoint, self._mapping, self.dtype)
         if self._groups.degrees.sequence > 1:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
+
+    def patch(self, name: str, store: PatchStore) -> int:
+        """Have the weight patches of one set. Returns how many weights were written.
+
+        Raises:
+            InvalidInput: a patch does not fit the model, or its file is no longer there.
+        """
+        return self._patched.apply(name, store)
 
     def describe(self) -> dict[str, Any]:
         """What the host needs to know: plain values only."""

@@ -10,12 +10,11 @@ import comfy.model_management
 import torch
 
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
-from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import Remote, RemoteModel
 
-HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
 # around the transformer's call, on the host, where it is.
 HOST_OPTIONS = {
