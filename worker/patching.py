@@ -121,7 +121,7 @@ class PatchedWeights:
         if patches:
             device = self._weights[pieces[0][0]].device
             whole = torch.cat([_swapped(base[name], source) for name, source in pieces])
-            whole = whole.to(device, COMPUTE_DTYPE, copy=True)
+            whole = whole.to(device, COMPUTE_DTYPE)  # a copy already, so that it may be written to
             whole = patched(key, whole, patches, lambda patch: store.tensors(patch, device))
             base = {name: _swapped(whole[source.start : source.stop], source) for name, source in pieces}
         for name, tensor in base.items():
