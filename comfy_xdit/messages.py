@@ -29,6 +29,41 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """One change of one weight, as a LoRA file describes it, in ComfyUI's terms.
+
+    `kind` is lora, loha, lokr, glora, oft, boft, diff or set; `tensors` are those of the kind, by
+    name. It changes `length` slices of dimension `dim` from `start` on, if `offset` is (dim, start,
+    length). The weight is scaled by `base` before; `swapped` exchanges the halves of the change.
+    """
+
+    kind: str
+    tensors: dict[str, Any]
+    strength: float
+    base: float = 1.0
+    alpha: float | None = None
+    offset: tuple[int, int, int] | None = None
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """All patches of a model by weight, in the order they apply; the weights have native names.
+
+    `name` is made of the content; "" is no patch at all. `weights` is None where the ranks hold
+    the set already; its tensors are `Keep`, or `Known` when another set brought them. `forget`
+    names sets to drop.
+    """
+
+    name: str = ""
+    weights: dict[str, tuple[Patch, ...]] | None = None
+    forget: tuple[str, ...] = ()
+
+
+NO_PATCHES = PatchSet()
+
+
+@dataclass(frozen=True)
 class Denoise:
     """One call of the transformer, with ComfyUI's arguments.
 
@@ -46,13 +81,14 @@ class Denoise:
     conditions: dict[str, Any]
     forget: tuple[int, ...] = ()
     control: dict[str, list[torch.Tensor | None]] | None = None
+    patches: PatchSet = NO_PATCHES
 
 
 @dataclass(frozen=True)
 class Keep:
     """A tensor to hold under `name` until it is forgotten."""
 
-    name: int
+    name: int | str
     tensor: torch.Tensor
 
 
@@ -60,7 +96,7 @@ class Keep:
 class Known:
     """A tensor the ranks already hold."""
 
-    name: int
+    name: int | str
 
 
 @dataclass(frozen=True)
@@ -84,6 +120,7 @@ class Sample:
     multiplier: float
     mask: torch.Tensor | None = None
     previews: bool = False
+    patches: PatchSet = NO_PATCHES
 
 
 @dataclass(frozen=True)
@@ -165,7 +202,7 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Check, Denoise, Keep, Known, Sample, EncodeText, Decode, Encode, Stop,
+        Load, Check, Denoise, Keep, Known, Patch, PatchSet, Sample, EncodeText, Decode, Encode, Stop,
         Ready, Progress, Result, Failure, Cancelled, ModelSpec, ParallelConfig,
     )
 }  # fmt: skip

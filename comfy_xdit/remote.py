@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from comfy_xdit.errors import Interrupted
 from comfy_xdit.group import running_groups, worker_group
 from comfy_xdit.messages import (
+    NO_PATCHES,
     Check,
     Decode,
     Denoise,
@@ -23,11 +25,13 @@ from comfy_xdit.messages import (
     Keep,
     Known,
     Load,
+    PatchSet,
     Progress,
     Result,
     Sample,
 )
 from comfy_xdit.parallel import ParallelConfig, available_devices
+from comfy_xdit.patches import SentPatches
 from comfy_xdit.spec import ModelSpec
 
 Interrupt = Callable[[], bool]
@@ -35,6 +39,8 @@ Interrupt = Callable[[], bool]
 REMEMBERED_BYTES = 4096
 REMEMBERED_TENSORS = 16
 _names = itertools.count(1)
+# Of all handles: the ranks of one generation hold one store of patch sets, named by content.
+_sent_patches = SentPatches()
 
 
 class SentTensors:
@@ -116,9 +122,10 @@ class Remote:
 
 @dataclass
 class RemoteModel(Remote):
-    """A diffusion transformer in the ranks."""
+    """A diffusion transformer in the ranks. `patches` are those of its weights in `denoise`."""
 
     sent: SentTensors = field(default_factory=SentTensors, repr=False)
+    patches: PatchSet = field(default=NO_PATCHES, repr=False)
 
     def denoise(
         self,
@@ -142,12 +149,15 @@ class RemoteModel(Remote):
 
         def message(generation: int) -> Denoise:
             referred = self.sent.refer(conditions, generation)
-            return Denoise(self.spec, x, timestep, referred, self.sent.take_forgotten(), control)
+            patches = _sent_patches.refer(self.patches, generation)
+            forget = self.sent.take_forgotten()
+            return Denoise(self.spec, x, timestep, referred, forget, control, patches)
 
         try:
             return self._call(message, interrupted=interrupted).value
         except BaseException:
             self.sent.reset()
+            _sent_patches.reset()
             raise
 
     def sample(
@@ -157,7 +167,17 @@ class RemoteModel(Remote):
         interrupted: Interrupt | None = None,
     ) -> torch.Tensor:
         """A whole sampling loop in the ranks; returns the last latent, scaled, on CPU."""
-        return self._call(request, on_progress=on_progress, interrupted=interrupted).value
+
+        def message(generation: int) -> Sample:
+            return replace(request, patches=_sent_patches.refer(request.patches, generation))
+
+        try:
+            return self._call(message, on_progress=on_progress, interrupted=interrupted).value
+        except Interrupted:  # at a step boundary: everything had arrived
+            raise
+        except BaseException:
+            _sent_patches.reset()
+            raise
 
 
 @dataclass

@@ -58,21 +58,42 @@ class Batch:
             yield rows, replace(group, conditions=conditions)
 
 
-def join(sides: list[dict[str, Any]]) -> dict[str, Any]:
+def join(sides: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The conditions of several sides of guidance as one batch, one side behind the other.
 
-    Each is (B, ...); contexts of different length are padded and get `context_lengths`.
+    Each is (B, ...); contexts of different length are padded and get `context_lengths`. None when the
+    sides differ in more than that (a reference picture on one of them only): they are two calls.
     """
-    contexts = [side["context"] for side in sides]
-    lengths = [context.shape[1] for context in contexts]
-    joined = {name: torch.cat([side[name] for side in sides]) for name in sides[0] if name != "context"}
-    joined["context"] = torch.cat(
-        [pad(context, (0, 0, 0, max(lengths) - context.shape[1])) for context in contexts]
-    )
+    lengths = [side["context"].shape[1] for side in sides]
+    padded = [
+        {**side, "context": pad(side["context"], (0, 0, 0, max(lengths) - length))}
+        for side, length in zip(sides, lengths, strict=True)
+    ]
+    if any(_outline(side) != _outline(padded[0]) for side in padded):
+        return None
+    joined = {name: _behind([side[name] for side in padded]) for name in padded[0]}
     if len(set(lengths)) > 1:
-        rows = [length for length, context in zip(lengths, contexts, strict=True) for _ in context]
+        rows = [length for side, length in zip(sides, lengths, strict=True) for _ in side["context"]]
         joined[LENGTHS] = torch.tensor(rows)
     return joined
+
+
+def _outline(value: Any) -> Any:
+    """What must be equal for values to be in one batch: everything but the content of tensors."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return {name: _outline(part) for name, part in value.items()}
+    return [_outline(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _behind(values: list[Any]) -> Any:
+    """Values of one outline, one behind the other."""
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)
+    if isinstance(values[0], (list, tuple)):
+        return [_behind(list(parts)) for parts in zip(*values, strict=True)]
+    return values[0]
 
 
 def check_lengths(conditions: dict[str, Any], batch: int) -> None:

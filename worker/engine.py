@@ -17,6 +17,7 @@ from comfy_xdit.spec import ModelSpec
 from worker.batch import Batch
 from worker.loop import Run
 from worker.parallel import Degrees, RankGroups
+from worker.patching import PatchStore
 from worker.sampling import sample
 from worker.text import TextEncoders
 from worker.transformer import Transformer
@@ -33,7 +34,8 @@ class Engine:
     def __init__(self, groups: RankGroups):
         self._groups = groups
         self._loaded: OrderedDict[ModelSpec, Loaded] = OrderedDict()
-        self._tensors: dict[int, torch.Tensor] = {}
+        self._tensors: dict[int | str, torch.Tensor] = {}
+        self._patches = PatchStore()
 
     def handlers(self) -> dict[type, Callable[[Any, Run], Any]]:
         """The method for each message type."""
@@ -70,18 +72,23 @@ class Engine:
 
     def denoise(self, message: Denoise, _run: Run) -> torch.Tensor | None:
         """One transformer call; the output goes to the host from rank 0 only."""
+        self._patches.take(message.patches)
         for name in message.forget:
             self._tensors.pop(name, None)
         conditions = self._resolve(message.conditions)
         transformer = self._require(message.spec)
         conditions = transformer.check(message.x, conditions, message.control)
+        transformer.patch(message.patches.name, self._patches)
         batch = Batch(message.x, message.timestep, conditions, message.control)
         output = transformer.predict_batch(batch)
         return output if self._groups.rank == 0 else None
 
     def sample(self, message: Sample, run: Run) -> torch.Tensor | None:
         """A whole sampling loop; the latent goes to the host from rank 0 only."""
-        latent = sample(message, self._require(message.spec), self._groups, run)
+        self._patches.take(message.patches)
+        transformer = self._require(message.spec)
+        transformer.patch(message.patches.name, self._patches)
+        latent = sample(message, transformer, self._groups, run)
         return latent if self._groups.rank == 0 else None
 
     def encode_text(self, message: EncodeText, _run: Run) -> dict[str, torch.Tensor | None]:

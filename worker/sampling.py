@@ -103,15 +103,17 @@ def _guided(
 ) -> Model:
     """Classifier-free guidance on the denoised latents, as ComfyUI computes it.
 
-    Both sides are one batch, whose rows the branches share.
+    Both sides are one batch, whose rows the branches share, or two where one batch cannot hold them.
     """
     sides = [positive] if negative is None else [negative, positive]
-    conditions = join(sides)
+    joined = join(sides)
+    batches = sides if joined is None else [joined]
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        rows = torch.cat([x] * len(sides))
+        rows = torch.cat([x] * (len(sides) // len(batches)))
         timestep = (sigma * request.multiplier).expand(rows.shape[0])
-        outputs = transformer.predict_batch(Batch(rows, timestep, conditions)).chunk(len(sides))
+        predictions = [transformer.predict_batch(Batch(rows, timestep, given)) for given in batches]
+        outputs = torch.cat(predictions).chunk(len(sides))
         denoised = [x - sigma * output for output in outputs]
         if negative is None:
             return denoised[0]

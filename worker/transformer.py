@@ -17,6 +17,7 @@ from worker.control import ControlResiduals, Residuals, check_residuals
 from worker.models import detect
 from worker.models.base import ModelFamily, to_whole_patches
 from worker.parallel import Degrees, RankGroups, SequenceParallel, Shard
+from worker.patching import PatchedWeights, PatchStore
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -37,7 +38,7 @@ class Transformer:
                 f"ring_degree {degrees.ring} needs fp16 or bf16 on a GPU, and {spec.path} would be computed "
                 "in fp32; set weight_dtype to bf16, or ring_degree to 1."
             )
-        self._checkpoint, self._tokens = checkpoint, None
+        self._checkpoint, self._tokens, self._patched = checkpoint, None, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         with init_empty_weights():
             self.module = self.family.build(self.config)
@@ -48,10 +49,21 @@ class Transformer:
         self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
         self.module.to(self._groups.device).eval().requires_grad_(False)
         self.family.prepare(self.module)
+        native = self.family.native_mapping(self.config)
+        weights = self.module.state_dict()
+        self._patched = PatchedWeights(weights, native, self._checkpoint, self._mapping, self.dtype)
         if self._groups.degrees.sequence > 1:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
         own = self._tokens.own_image if self._tokens else lambda tokens: tokens
         self._control = ControlResiduals(self.module, self.family.control, own)
+
+    def patch(self, name: str, store: PatchStore) -> int:
+        """Have the weight patches of one set. Returns how many weights were written.
+
+        Raises:
+            InvalidInput: a patch does not fit the model, or its file is no longer there.
+        """
+        return self._patched.apply(name, store)
 
     def describe(self) -> dict[str, Any]:
         """What the host needs to know: plain values only."""

@@ -11,13 +11,12 @@ import torch
 
 from comfy_xdit.comfy_types.control import residuals
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
-from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import Remote, RemoteModel
 
-HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
 # around the transformer's call, on the host, where it is. The block_... entries are notes of stock
 # transformers to their patches; in a dict that two models share they are another model's.

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from comfy_xdit.environment import ROOT
 from tests import tiny
-from tests.comfyui.inputs import DEMO, SHIM, python_path
+from tests.comfyui.inputs import DEMO, FLUX_CONFIG, SHIM, python_path
+from worker.models.flux import Flux
 
 HERE = Path(__file__).parent
 COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
@@ -143,3 +144,13 @@ def demo_sd3(comfyui: SimpleNamespace) -> str:
         pytest.skip(f"no demo model at {source}")
     (comfyui.models / "diffusion_models" / source.name).symlink_to(source)
     return source.name
+
+
+@pytest.fixture(scope="module")
+def flux_file(comfyui: SimpleNamespace) -> Iterator[Path]:
+    """One double and one single block at full width."""
+    tensors = tiny.native_state_dict(Flux(), tiny.build(Flux(), FLUX_CONFIG), FLUX_CONFIG)
+    file = comfyui.models / "diffusion_models" / "flux.safetensors"
+    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}, file)
+    yield file
+    file.unlink()  # more than a gigabyte

@@ -246,15 +246,6 @@ def _sample(run_node, model, **settings) -> None:
     )
 
 
-def test_lora_is_refused(run_node, model):
-    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"
-    assert model.add_patches({key: ("diff", (torch.zeros(768, 256),))}, 1.0) == [key]
-
-    with pytest.raises(InvalidInput, match=r"LoRA or other weight patches .*joint_blocks\.0"):
-        _sample(run_node, model)
-    _sample(run_node, model.__class__(model.model, model.load_device, model.offload_device))  # without
-
-
 def test_patch_inside_the_transformer_is_refused(run_node, model):
     model.set_model_attn2_patch(lambda *args: args)
 

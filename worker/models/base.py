@@ -46,6 +46,7 @@ class ModelFamily(ABC):
     """One family: told by its tensors, built as its diffusers class, called as ComfyUI calls it."""
 
     name: str
+    native: str  # a tensor that a file in the original release's naming has, and no other
     layout: TokenLayout
     latent_format: LatentFormat
     # Which blocks ComfyUI adds each list of ControlNet residuals after.
@@ -69,8 +70,12 @@ class ModelFamily(ABC):
         """Put right on the loaded transformer where diffusers computes otherwise than ComfyUI."""
 
     @abstractmethod
+    def native_mapping(self, config: dict[str, Any]) -> dict[str, Source]:
+        """For every tensor of the diffusers class its source under the original release's names."""
+
     def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
         """For every tensor of the diffusers class its source in the file."""
+        return self.native_mapping(config) if self.native in shapes else {key: Source(key) for key in shapes}
 
     @abstractmethod
     def sampling(self, config: dict[str, Any]) -> Sampling:

@@ -17,11 +17,12 @@ from worker.models.flux_hooks import ExactTime
 from worker.models.flux_tokens import packed, reference_tokens, token_ids, unpacked
 from worker.parallel import TokenLayout
 
-NATIVE = "double_blocks.0.img_attn.qkv.weight"
+MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
 
 
 class Flux(ModelFamily):
     name = "flux"
+    native = "double_blocks.0.img_attn.qkv.weight"
     layout = TokenLayout(
         text_first=True, first_block="transformer_blocks.0", last_norm="norm_out", rotary="pos_embed"
     )
@@ -30,13 +31,13 @@ class Flux(ModelFamily):
     conditions = frozenset({"context", "y", "guidance", "ref_latents", "ref_latents_method"})
 
     def detect(self, shapes: Shapes) -> bool:
-        return NATIVE in shapes or (
+        return self.native in shapes or (
             "single_transformer_blocks.0.proj_mlp.weight" in shapes
             and "time_text_embed.text_embedder.linear_1.weight" in shapes
         )
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        names = _NATIVE if NATIVE in shapes else _DIFFUSERS
+        names = _NATIVE if self.native in shapes else _DIFFUSERS
         hidden, channels = shapes[names["image"]]
         head_dim = shapes[names["norm"]][0]
         out = shapes[names["out"]][0]
@@ -63,9 +64,7 @@ class Flux(ModelFamily):
     def prepare(self, module: nn.Module) -> None:
         ExactTime(module)
 
-    def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
-        if NATIVE not in shapes:
-            return {key: Source(key) for key in shapes}
+    def native_mapping(self, config: dict[str, Any]) -> dict[str, Source]:
         outside = dict(_OUTSIDE_BLOCKS)
         if config["guidance_embeds"]:
             for n, part in ((1, "in_layer"), (2, "out_layer")):
@@ -78,8 +77,7 @@ class Flux(ModelFamily):
         for i in range(config["num_layers"]):
             mapping |= _double_block(i, hidden)
         for i in range(config["num_single_layers"]):
-            fused = shapes[f"single_blocks.{i}.linear1.weight"][0]
-            mapping |= _single_block(i, hidden, fused)
+            mapping |= _single_block(i, hidden)
         return mapping
 
     def sampling(self, config: dict[str, Any]) -> Sampling:
@@ -179,10 +177,10 @@ def _double_block(i: int, hidden: int) -> dict[str, Source]:
     return mapping
 
 
-def _single_block(i: int, hidden: int, fused: int) -> dict[str, Source]:
+def _single_block(i: int, hidden: int) -> dict[str, Source]:
     ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
     targets = tuple(f"{ours}.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
-    mapping = rows(targets, f"{theirs}.linear1", (hidden, hidden, hidden, fused - 3 * hidden))
+    mapping = rows(targets, f"{theirs}.linear1", (hidden, hidden, hidden, MLP_RATIO * hidden))
     mapping |= whole(f"{ours}.norm.linear", f"{theirs}.modulation.lin")
     mapping |= whole(f"{ours}.proj_out", f"{theirs}.linear2")
     for ours_norm, theirs_norm in (("norm_q", "query_norm"), ("norm_k", "key_norm")):
