@@ -85,8 +85,13 @@ class _Sequence:
     def __init__(self) -> None:
         self._next: dict[str, int] = {}
 
+    def next(self, route: str) -> int:
+        """The number of the next message."""
+        return self._next.get(route, 0)
+
     def take(self, route: str) -> int:
-        number = self._next.get(route, 0)
+        """The number of the message that is on its way now."""
+        number = self.next(route)
         self._next[route] = number + 1
         return number
 
@@ -138,9 +143,12 @@ class Host:
         """Give `message` to every rank of `ranks`; its tensors are written once."""
         flat = flatten(message)
         head = {"job": job, "body": flat.head, "tensors": self._outbound.write(flat.tensors)}
-        for rank in ranks:
-            route = f"commands/{rank}"
-            self._store.queue_push(route, self._signed.seal(route, self._sequence.take(route), head))
+        routes = [f"commands/{rank}" for rank in ranks]
+        # Sealed first: a head that is too long is refused before any rank has got one.
+        sealed = [self._signed.seal(route, self._sequence.next(route), head) for route in routes]
+        for route, envelope in zip(routes, sealed, strict=True):
+            self._sequence.take(route)
+            self._store.queue_push(route, envelope)
 
     def wait(self, seconds: float) -> Event | None:
         """The next event, or None when none came within `seconds`."""
