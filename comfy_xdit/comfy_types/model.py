@@ -18,11 +18,8 @@ from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import Remote, RemoteModel
 
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
-# around the transformer's call, on the host, where it is. The block_... entries are notes of stock
-# transformers to their patches; in a dict that two models share they are another model's.
+# around the transformer's call, on the host, where it is.
 HOST_OPTIONS = {
-    "block_index",
-    "block_type",
     "callbacks",
     "cond_or_uncond",
     "context_window",
@@ -32,7 +29,6 @@ HOST_OPTIONS = {
     "prefetch_dynamic_vbars",
     "sample_sigmas",
     "sigmas",
-    "total_blocks",
     "uuids",
     "wrappers",
 }

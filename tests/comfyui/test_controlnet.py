@@ -165,6 +165,7 @@ def test_one_call(run_node, models):
                 c_crossattn=context.expand(2, -1, -1),
                 y=options["pooled_output"].expand(2, -1),
                 control=control,
+                transformer_options={},  # the default is one dict for all, in which stock Flux leaves notes
                 **guidance,
             )
 

@@ -98,7 +98,12 @@ def test_bf16_is_as_near_as_two_roundings_are(run_node, models, tiny_flux, degre
         times = torch.tensor([time])
         with torch.inference_mode():
             denoised = patcher.model.apply_model(
-                x, times, c_crossattn=context.bfloat16(), y=options["pooled_output"].bfloat16(), **given
+                x,
+                times,
+                c_crossattn=context.bfloat16(),
+                y=options["pooled_output"].bfloat16(),
+                transformer_options={},  # the default is one dict for all, in which stock Flux leaves notes
+                **given,
             )
         return (x - denoised) / time
 
