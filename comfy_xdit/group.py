@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from comfy_xdit.environment import ROOT, rank_environment
 from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
+from comfy_xdit.holders import Holders
 from comfy_xdit.messages import Cancelled, Failure, Progress, Result, Stop
 from comfy_xdit.parallel import DEGREES, ParallelConfig, available_devices
 from comfy_xdit.rpc import Event, Host
@@ -35,10 +36,15 @@ _CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe",
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: as the host waited, and as the slowest rank worked."""
+    """Seconds of one call: as the host waited, and as the slowest rank worked.
+
+    `sent` and `received` are the bytes that crossed the bridge, seen from the host.
+    """
 
     host: float
     rank: float
+    sent: int = 0
+    received: int = 0
 
     @property
     def bridge(self) -> float:
@@ -60,7 +66,7 @@ class WorkerGroup:
         self.start_seconds = 0.0
         self.generation = 0
         self._lock = threading.Lock()
-        self._job = 0
+        self._job = self._received = 0
         self._bridge: Host | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
@@ -96,30 +102,16 @@ class WorkerGroup:
             WorkerDied: a rank ended, or gave no sign of life for `timeout` seconds.
             Interrupted: `interrupted` returned True and the ranks stopped at a step boundary.
         """
-        ranks = list(range(self.parallel.world_size) if ranks is None else ranks)
         with self._lock:
             self._ensure_started(interrupted)
-            self._job += 1
-            if callable(message):
-                message = message(self.generation)
-            began = time.perf_counter()
-            try:
-                self._bridge.send(ranks, self._job, message)
-            except RuntimeError as error:  # the store; a bad message raises before anything is sent
-                self._kill()
-                raise WorkerDied(f"the bridge to the ranks failed: {error}") from error
-            try:
-                replies = self._collect(self._job, ranks, on_progress, interrupted, timeout)
-            except WorkerDied:
-                self._kill()
-                raise
-            except BaseException:
-                self._settle(self._job, ranks)
-                raise
-            answer = self._verdict(ranks, replies)
-            worked = max(reply.seconds for reply in replies.values())
-            self.timings[type(message).__name__] = Timing(time.perf_counter() - began, worked)
-            return answer
+            return self._exchange(message, ranks, on_progress, interrupted, timeout)
+
+    def tell(self, message: Any, *, ranks: Sequence[int] | None = None) -> Result | None:
+        """As `call`, of a group that runs; None, and nothing is started, of one that does not."""
+        with self._lock:
+            if self._bridge is None or any(_has_ended(p.pid) for p in self._processes):
+                return None
+            return self._exchange(message, ranks)
 
     def close(self) -> None:
         """Stop the ranks: asked first, killed if they do not go."""
@@ -196,6 +188,38 @@ class WorkerGroup:
 
     # ------------------------------------------------------------------ one call
 
+    def _exchange(
+        self,
+        message: Any,
+        ranks: Sequence[int] | None,
+        on_progress: Callable[[Progress], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
+        timeout: float = CALL_SECONDS,
+    ) -> Result:
+        """Send, collect and judge; the group runs and its lock is held."""
+        ranks = list(range(self.parallel.world_size) if ranks is None else ranks)
+        self._job, self._received = self._job + 1, 0
+        if callable(message):
+            message = message(self.generation)
+        began = time.perf_counter()
+        try:
+            sent = self._bridge.send(ranks, self._job, message)
+        except RuntimeError as error:  # the store; a bad message raises before anything is sent
+            self._kill()
+            raise WorkerDied(f"the bridge to the ranks failed: {error}") from error
+        try:
+            replies = self._collect(self._job, ranks, on_progress, interrupted, timeout)
+        except WorkerDied:
+            self._kill()
+            raise
+        except BaseException:
+            self._settle(self._job, ranks)
+            raise
+        answer = self._verdict(ranks, replies)
+        host, worked = time.perf_counter() - began, max(reply.seconds for reply in replies.values())
+        self.timings[type(message).__name__] = Timing(host, worked, sent, self._received)
+        return answer
+
     def _collect(
         self,
         job: int,
@@ -220,6 +244,7 @@ class WorkerGroup:
                 raise WorkerDied(f"no sign of life from the ranks for {timeout:g} s; {self._tails()}")
             if event is None or event.job != job:
                 continue
+            self._received += event.nbytes
             if isinstance(event.message, Progress):
                 deadline = deadline if failed else time.monotonic() + timeout
                 if on_progress is not None:
@@ -340,19 +365,31 @@ _groups_lock = threading.Lock()
 
 
 def worker_group(parallel: ParallelConfig) -> WorkerGroup:
-    """The group of this layout; any group of another layout is closed, so that its memory is free."""
+    """The group of this layout.
+
+    Another one is closed first if it would share a GPU with it, whose memory two groups would fill,
+    or if nobody holds a model in it any more.
+    """
     parallel = parallel.check(available_devices())
     with _groups_lock:
         for other in [key for key in _groups if key != parallel]:
-            _groups.pop(other).close()
+            if _share_a_gpu(other, parallel) or not holders.is_held(other):
+                _groups.pop(other).close()
         if parallel not in _groups:
             _groups[parallel] = WorkerGroup(parallel)
         return _groups[parallel]
 
 
+def _share_a_gpu(one: ParallelConfig, other: ParallelConfig) -> bool:
+    return any(device != "cpu" for device in set(one.devices) & set(other.devices))
+
+
 def running_groups() -> list[WorkerGroup]:
     """Every group of this process that has been asked for and not closed."""
     return list(_groups.values())
+
+
+holders = Holders(running_groups)
 
 
 @atexit.register

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.group import running_groups, worker_group
+from comfy_xdit.group import holders, running_groups, worker_group
 from comfy_xdit.messages import (
     Check,
     Decode,
@@ -60,6 +60,10 @@ class SentTensors:
         forgotten, self._forget = tuple(self._forget), []
         return forgotten
 
+    def names(self) -> tuple[int | str, ...]:
+        """Every name the ranks may hold a tensor under."""
+        return (*self._held, *self._forget)
+
     def reset(self) -> None:
         """After a failed call nobody knows what arrived: send everything anew."""
         self._forget += list(self._held)
@@ -90,12 +94,14 @@ class SentTensors:
 
 @dataclass
 class Remote:
-    """What all handles share."""
+    """What all handles share. The model stays in the ranks as long as its handle lives, and a while longer."""
 
     spec: ModelSpec
     parallel: ParallelConfig
     info: dict[str, Any] = field(default_factory=dict)
     ranks = None  # all of them
+    sent = None
+    _is_held = False
 
     def load(self, interrupted: Interrupt | None = None) -> dict[str, Any]:
         """Have the spec loaded; fills and returns `info` (`describe` of what the ranks loaded).
@@ -111,7 +117,11 @@ class Remote:
         return self.info
 
     def _call(self, message: Any, **options: Any) -> Result:
-        return worker_group(self.parallel).call(message, ranks=self.ranks, **options)
+        group = worker_group(self.parallel)
+        if not self._is_held:
+            holders.hold(self, group.parallel, self.spec, self.sent)
+            self._is_held = True
+        return group.call(message, ranks=self.ranks, **options)
 
 
 @dataclass
