@@ -16,7 +16,7 @@ from comfy_xdit.group import WorkerGroup, running_groups
 from comfy_xdit.parallel import ParallelConfig, available_devices
 from comfy_xdit.workflow import run_file
 
-WORKFLOW = ROOT / "workflows" / "demo_api.json"
+WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 PROMPT = "a large yellow circle on the left on a purple background"
 LAYOUT, TEXT, SAMPLER = "1", "6", "3"  # nodes of the workflow
 ENLARGED = 3  # the demo model draws 128 pixels

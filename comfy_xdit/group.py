@@ -27,6 +27,8 @@ START_SECONDS = 180.0
 CALL_SECONDS = 3600.0  # without any sign of life from a rank; progress starts it anew
 GRACE_SECONDS = 3.0  # between the first failure and the last answer: the others hang in a collective
 STOP_SECONDS = 5.0
+STUCK_SECONDS = 30.0  # without a heartbeat: the process is stopped, or its interpreter hangs
+LIFE_SECONDS = 1.0  # how often heartbeats are looked at while nothing else happens
 POLL_SECONDS = 0.05  # how often the host's interrupt flag, which cannot be waited on, is looked at
 LOG_TAIL_BYTES = 3000
 _generations = itertools.count(1)
@@ -235,13 +237,15 @@ class WorkerGroup:
             if interrupted is not None and not asked and interrupted():
                 self._bridge.interrupt(job)
                 asked = True
-            poll = interrupted is not None and not asked
-            event = self._next(min(deadline, time.monotonic() + POLL_SECONDS) if poll else deadline)
+            pause = POLL_SECONDS if interrupted is not None and not asked else LIFE_SECONDS
+            event = self._next(min(deadline, time.monotonic() + pause))
             failed = any(isinstance(m, Failure) for m in replies.values())
             if event is None and time.monotonic() >= deadline:
                 if failed:
                     return replies
-                raise WorkerDied(f"no sign of life from the ranks for {timeout:g} s; {self._tails()}")
+                raise WorkerDied(f"no answer from the ranks for {timeout:g} s; {self._tails()}")
+            if event is None:
+                self._check_heartbeats()
             if event is None or event.job != job:
                 continue
             self._received += event.nbytes
@@ -265,6 +269,15 @@ class WorkerGroup:
         if event.exit_code is not None:
             raise WorkerDied(self._obituary(event.rank, event.exit_code))
         return event
+
+    def _check_heartbeats(self) -> None:
+        for rank, process in enumerate(self._processes):
+            silent = self._bridge.silent_for(rank)
+            if silent > STUCK_SECONDS:
+                raise WorkerDied(
+                    f"rank {rank} ({self.parallel.devices[rank]}, pid {process.pid}) is stuck: it has not "
+                    f"run for {silent:.0f} s; the next run starts new ranks; {self._tail(rank)}"
+                )
 
     def _settle(self, job: int, ranks: list[int]) -> None:
         """After an error in the host in mid-call: bring the ranks back to idle, or end them."""

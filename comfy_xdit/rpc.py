@@ -14,6 +14,7 @@ import queue
 import secrets
 import socket
 import threading
+import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,6 +31,7 @@ IDLE = timedelta(days=3650)  # a rank waits for its next command as long as its 
 OPERATION = timedelta(seconds=60)
 # TCPStore breaks the connection for good above 8 MiB; heads are far smaller.
 HEAD_LIMIT = 4 << 20
+HEARTBEAT_SECONDS = 0.5
 EVENTS = "events"
 
 
@@ -159,6 +161,11 @@ class Host:
         except queue.Empty:
             return None
 
+    def silent_for(self, rank: int) -> float:
+        """Seconds since the process of `rank` last showed that it runs; 0 before the first time."""
+        last = self._inbound[rank].heartbeat
+        return time.monotonic() - last if last else 0.0
+
     def interrupt(self, job: int) -> None:
         """Ask the ranks to stop `job` at the next step boundary."""
         self._store.set(f"interrupt/{job}", b"1")
@@ -198,6 +205,7 @@ class Rank:
         self._signed, self._sequence, self._seen = _Signed(invitation.secret), _Sequence(), _Sequence()
         self._inbound, self._outbound = Segment(invitation.inbound), Segment(invitation.outbound)
         self._preview_end, self._preview_sent = HEADER_BYTES, 0
+        threading.Thread(target=self._show_life, daemon=True, name="heartbeat").start()
 
     def group_store(self) -> dist.Store:
         """The store by which the ranks form their own process group."""
@@ -230,6 +238,12 @@ class Rank:
     def interrupted(self, job: int) -> bool:
         """True when the host asked to stop `job`."""
         return self._store.check([f"interrupt/{job}"])
+
+    def _show_life(self) -> None:
+        """A process that is stopped, or whose interpreter hangs, does not end: only this tells."""
+        while True:
+            self._outbound.heartbeat = time.monotonic()
+            time.sleep(HEARTBEAT_SECONDS)
 
     def _push(self, job: int, message: Any, base: int) -> int:
         flat = flatten(message)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 ALIGNMENT = 64
-# The first bytes are a counter the reader sets: how many messages it has read.
+# The first bytes are two numbers: how many messages the reader has read, and when the writer last
+# showed that it lives (seconds of the machine's monotonic clock).
 HEADER_BYTES = 64
 # A segment above this is given back once a message needs less than a quarter of it.
 KEPT_BYTES = 256 << 20
@@ -57,6 +58,15 @@ class Segment:
     @acknowledged.setter
     def acknowledged(self, number: int) -> None:
         struct.pack_into("<q", self._map, 0, number)
+
+    @property
+    def heartbeat(self) -> float:
+        """When the writer last showed that it lives; 0 before the first time."""
+        return struct.unpack_from("<d", self._map, 8)[0]
+
+    @heartbeat.setter
+    def heartbeat(self, now: float) -> None:
+        struct.pack_into("<d", self._map, 8, now)
 
     def close(self) -> None:
         """Close the file; the memory goes when the last map and view are gone."""

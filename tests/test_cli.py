@@ -15,7 +15,7 @@ from comfy_xdit import cli, doctor
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import RemoteError
 
-DEMO = ROOT / "workflows" / "demo_api.json"
+DEMO = ROOT / "workflows" / "api" / "demo.json"
 SECONDS = 120  # for a start of two ranks on a busy machine
 needs_demo = pytest.mark.skipif(not (ROOT / "assets/demo/pipeline").is_dir(), reason="no assets/demo")
 

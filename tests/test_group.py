@@ -115,6 +115,25 @@ def test_a_killed_rank_is_an_error_in_two_seconds_and_the_next_call_runs(group, 
     assert group.call(long_run(tiny_models["sd3"], 2)).value.shape == (1, 16, 8, 8)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stuck_rank_is_an_error_in_seconds(group, tiny_models, monkeypatch, victim):
+    """A stopped process neither ends nor closes a connection: only its heartbeat is missing."""
+    group.call(long_run(tiny_models["sd3"], 2))
+    monkeypatch.setattr("comfy_xdit.group.STUCK_SECONDS", 4.0)
+    stopped = []
+
+    def stop_once(progress):
+        if progress.step == 5:
+            os.kill(group.pids[victim], signal.SIGSTOP)
+            stopped.append(time.monotonic())
+
+    with pytest.raises(WorkerDied, match=rf"rank {victim} .*is stuck"):
+        group.call(long_run(tiny_models["sd3"], 5000), on_progress=stop_once)
+    assert time.monotonic() - stopped[0] < 10.0
+    monkeypatch.undo()
+    assert group.call(long_run(tiny_models["sd3"], 2)).value.shape == (1, 16, 8, 8)
+
+
 def test_a_rank_that_died_between_calls_costs_no_error(group, tiny_models):
     group.call(long_run(tiny_models["sd3"], 2))
     process = psutil.Process(group.pids[1])

@@ -10,7 +10,7 @@ from comfy_xdit.headless import DEMO
 from comfy_xdit.workflow import Finished, run_file
 
 PIPELINE = DEMO / "pipeline"
-WORKFLOW = ROOT / "workflows" / "demo_api.json"
+WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 STEPS, CFG, SEED = 20, 3.0, 7
 PROMPT = "a large green square on the right on a yellow background"
 TOLERANCE = 1e-4  # relative L2 of the latent after all steps
@@ -90,7 +90,7 @@ def test_the_demo_equals_plain_diffusers(layout, reference, tmp_path):
 
 
 def test_ksampler_on_the_single_file_is_the_same_run(reference, tmp_path):
-    workflow = ROOT / "workflows" / "demo_ksampler_api.json"
+    workflow = ROOT / "workflows" / "api" / "demo_ksampler.json"
     finished = run_demo(tmp_path, workflow, **LAYOUTS["ulysses 2"])
     assert relative_l2(finished.outputs["3"][0]["samples"], reference[0]) <= TOLERANCE
 

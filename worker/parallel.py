@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from comfy_xdit.errors import InvalidInput
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.rpc import Rank
 from worker import xfuser_compat
@@ -28,15 +29,17 @@ class Degrees:
 
     branches: int
     ulysses: int
+    ring: int
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Degrees:
         """The degrees of a layout."""
-        return cls(parallel.cfg_parallel_degree, parallel.ulysses_degree)
+        return cls(parallel.cfg_parallel_degree, parallel.ulysses_degree, parallel.ring_degree)
 
     @property
     def sequence(self) -> int:
-        return self.ulysses
+        """Ranks that share one sequence of tokens (USP)."""
+        return self.ulysses * self.ring
 
 
 class RankGroups:
@@ -95,14 +98,14 @@ class RankGroups:
             data_parallel_degree=self.degrees.branches,
             sequence_parallel_degree=self.degrees.sequence,
             ulysses_degree=self.degrees.ulysses,
-            ring_degree=1,
+            ring_degree=self.degrees.ring,
             backend=backend,
         )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """`length` tokens in `ranks` parts of one size; the last parts may hold padding."""
+    """`length` tokens spread over `ranks` as evenly as they go, each part padded to one size."""
 
     length: int
     ranks: int
@@ -112,24 +115,33 @@ class Shard:
         """Tokens per rank, padding included."""
         return -(-self.length // self.ranks)
 
-    @property
-    def padding(self) -> int:
-        """Padding tokens over all ranks."""
-        return self.size * self.ranks - self.length
+    def start(self, rank: int) -> int:
+        """The first token of `rank`: the first ranks take one more where the length does not divide."""
+        return rank * (self.length // self.ranks) + min(rank, self.length % self.ranks)
 
     def valid(self, rank: int) -> int:
-        """True tokens in the part of `rank`."""
-        return min(max(self.length - rank * self.size, 0), self.size)
+        """True tokens in the part of `rank`; the padding is behind them."""
+        return self.start(rank + 1) - self.start(rank)
 
     def take(self, tokens: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
         """The part of `rank`, zero-padded to `size`."""
-        start, count = min(rank * self.size, self.length), self.valid(rank)
-        part = tokens.narrow(dim, start, count)
+        count = self.valid(rank)
+        part = tokens.narrow(dim, self.start(rank), count)
         if count == self.size:
             return part.contiguous()
         shape = list(part.shape)
         shape[dim] = self.size - count
         return torch.cat([part, part.new_zeros(shape)], dim)
+
+
+def true_positions(shards: tuple[Shard, ...], ranks: range, device: torch.device) -> torch.Tensor:
+    """Where the true tokens are when the parts of `ranks`, each of all `shards`, lie one behind another."""
+    mask: list[bool] = []
+    for rank in ranks:
+        for shard in shards:
+            count = shard.valid(rank)
+            mask += [True] * count + [False] * (shard.size - count)
+    return torch.tensor(mask, device=device).nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,18 @@ class TokenLayout:
     first_block: str
     last_norm: str
     rotary: str | None = None
+
+
+def _attention_backend(degrees: Degrees) -> str | None:
+    """xfuser's name of the attention to use; None lets xfuser choose.
+
+    A ring adds up blocks by their log-sum-exp, which PyTorch's plain attention keeps to itself: on a
+    GPU xfuser finds one that gives it (half precision only), on CPU there is S6. Without a ring
+    PyTorch's own choice among its kernels takes every dtype and shape.
+    """
+    if degrees.ring == 1:
+        return "SDPA"
+    return None if torch.cuda.is_available() else "SDPA_FLASH"
 
 
 class SequenceParallel:
@@ -160,12 +184,17 @@ class SequenceParallel:
         transformer.get_submodule(layout.last_norm).register_forward_pre_hook(self._gather)
         if layout.rotary is not None:
             transformer.get_submodule(layout.rotary).register_forward_hook(self._split_rotary)
-        _start_runtime_state(transformer)
+        _start_runtime_state(transformer, groups.degrees)
 
     @contextmanager
     def tokens(self, image: int, text: int) -> Iterator[None]:
         """Within, the transformer is called with so many image and text tokens."""
         ranks = self._groups.degrees.sequence
+        if self._groups.degrees.ring > 1 and image < ranks:
+            raise InvalidInput(
+                f"{image} image tokens are fewer than the {ranks} ranks that share them, which a ring cannot "
+                "split; draw a larger picture, or set ring_degree to 1."
+            )
         self._image, self._text = Shard(image, ranks), Shard(text, ranks)
         with xfuser_compat.valid_keys(self._valid_keys()):
             yield
@@ -185,38 +214,43 @@ class SequenceParallel:
 
     def _gather(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         hidden_states, *rest = args
-        return (self._groups.gather_tokens(hidden_states)[:, : self._image.length], *rest)
+        tokens = self._groups.gather_tokens(hidden_states)
+        if self._image.length % self._image.ranks:
+            ranks = range(self._image.ranks)
+            tokens = tokens.index_select(1, true_positions((self._image,), ranks, tokens.device))
+        return (tokens, *rest)
 
-    def _valid_keys(self) -> dict[int, torch.Tensor]:
-        """Positions of true tokens after the exchange: joint attention, and image tokens alone."""
+    def _valid_keys(self) -> xfuser_compat.ValidKeys:
+        """Positions of true tokens in every block of keys: joint attention, and image tokens alone."""
         streams = (self._text, self._image) if self._layout.text_first else (self._image, self._text)
+        ulysses, ring = self._groups.degrees.ulysses, self._groups.degrees.ring
+        here = self._groups.sequence_rank // ulysses
         valid = {}
         for shards in (streams, (self._image,)):
-            if any(shard.padding for shard in shards):
-                valid[sum(s.size for s in shards) * self._image.ranks] = self._positions(shards)
+            if any(shard.length % shard.ranks for shard in shards):
+                # The ring brings the block of the rank before, then of the one before that.
+                blocks = [(here - step) % ring for step in range(ring)]
+                valid[sum(s.size for s in shards) * ulysses] = [
+                    true_positions(shards, range(b * ulysses, (b + 1) * ulysses), self._groups.device)
+                    for b in blocks
+                ]
         return valid
 
-    def _positions(self, shards: tuple[Shard, ...]) -> torch.Tensor:
-        mask = []
-        for rank in range(self._image.ranks):
-            for shard in shards:
-                count = shard.valid(rank)
-                mask += [True] * count + [False] * (shard.size - count)
-        return torch.tensor(mask, device=self._groups.device).nonzero().flatten()
 
-
-def _start_runtime_state(transformer: nn.Module) -> None:
+def _start_runtime_state(transformer: nn.Module, degrees: Degrees) -> None:
     """xfuser's attention asks a global state for its backend; it wants a pipeline to be made of."""
     from xfuser import xFuserArgs
-    from xfuser.core.distributed import get_sequence_parallel_world_size
     from xfuser.core.distributed import runtime_state as state
 
     if state._RUNTIME is not None:
         return
     pipeline = type("FluxPipeline", (SimpleNamespace,), {})(transformer=transformer, vae_scale_factor=8)
-    degree = get_sequence_parallel_world_size()
     config, _ = xFuserArgs(
-        model="comfy_xdit", ulysses_degree=degree, data_parallel_degree=dist.get_world_size() // degree
+        model="comfy_xdit",
+        data_parallel_degree=degrees.branches,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+        attention_backend=_attention_backend(degrees),
     ).create_config()
     config.runtime_config.dtype = next(transformer.parameters()).dtype  # S8: fp16 by default
     state.initialize_runtime_state(pipeline, config)

@@ -30,6 +30,11 @@ class Transformer:
         self.config = self._config(checkpoint, folder)
         _check_heads(self.family.name, self.config["num_attention_heads"], degrees)
         self.dtype = _dtype(spec.weight_dtype, checkpoint, groups.device)
+        if degrees.ring > 1 and groups.device.type == "cuda" and self.dtype == torch.float32:
+            raise InvalidInput(
+                f"ring_degree {degrees.ring} needs fp16 or bf16 on a GPU, and {spec.path} would be computed "
+                "in fp32; set weight_dtype to bf16, or ring_degree to 1."
+            )
         self._checkpoint, self._tokens = checkpoint, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         with init_empty_weights():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -78,19 +79,22 @@ def _flash_on_cpu(
 
 # ------------------------------------------------------------------ padding is never attended
 
-_valid_keys: dict[int, torch.Tensor] = {}
+# For a length of keys: per block of the ring, the positions that are no padding.
+ValidKeys = dict[int, list[torch.Tensor]]
+_valid_keys: ValidKeys = {}
 
 
 @contextmanager
-def valid_keys(indices: dict[int, torch.Tensor]) -> Iterator[None]:
+def valid_keys(positions: ValidKeys) -> Iterator[None]:
     """Within, attention sees only the true tokens among padded ones.
 
     Args:
-        indices: for a length of gathered keys, the positions that are no padding. Lengths that
-            are not named hold no padding. Cures B2, B3 and B5 (text or image tokens that the
-            degree does not divide), which xfuser answers with a silently wrong image.
+        positions: for a length of keys after the Ulysses exchange, per block that the ring brings
+            (in the order this rank meets them) the positions that are no padding. Lengths that are
+            not named hold no padding. Cures B2, B3 and B5 (text or image tokens that the degree
+            does not divide), which xfuser answers with a silently wrong image.
     """
-    _valid_keys.update(indices)
+    _valid_keys.update(positions)
     try:
         yield
     finally:
@@ -98,18 +102,20 @@ def valid_keys(indices: dict[int, torch.Tensor]) -> Iterator[None]:
 
 
 def _select_valid_keys() -> None:
-    """Put the selection between the Ulysses exchange and the attention itself."""
+    """Put the selection between the exchange of heads (or blocks) and the attention itself."""
     usp = importlib.import_module("xfuser.model_executor.layers.usp")
     original = usp._get_attention_function
 
     def get_attention_function(backend: Any = None) -> Callable[..., Any]:
-        attention = original(backend)
+        """One per call of USP: within it, each call of the attention is the next block of the ring."""
+        attention, blocks = original(backend), itertools.count()
 
         @functools.wraps(attention)
         def selecting(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> Any:
-            indices = _valid_keys.get(key.shape[2])
-            if indices is not None:
-                key, value = key.index_select(2, indices), value.index_select(2, indices)
+            positions = _valid_keys.get(key.shape[2])
+            if positions is not None:
+                valid = positions[next(blocks)]
+                key, value = key.index_select(2, valid), value.index_select(2, valid)
             return attention(query, key, value, **kwargs)
 
         return selecting

@@ -22,7 +22,7 @@ from tests.comfyui.server import Client, Run, Server
 
 SAMPLER = "3"  # its id in the shipped workflows
 LOADER = "4"
-DRIVEN_BY = {"xdit_sampler": "demo_api.json", "ksampler": "demo_ksampler_api.json"}
+DRIVEN_BY = {"xdit_sampler": "api/demo.json", "ksampler": "api/demo_ksampler.json"}
 LONG = 3000  # steps: long enough to be met in mid-run
 
 
@@ -168,7 +168,7 @@ def test_killed_rank_is_an_error_of_the_node_and_the_next_prompt_runs(server, pr
 
 
 def test_invalid_input_is_an_error_of_the_node_and_the_ranks_stay(server):
-    prompt = _workflow("demo_api.json")
+    prompt = _workflow("api/demo.json")
     _succeeds(server, _with(prompt, seed=61))
     ranks = server.ranks()
 
@@ -194,7 +194,7 @@ def test_no_rank_outlives_a_killed_server(tmp_path):
     server = Server(Path(os.environ["COMFYUI_DIR"]), tmp_path / "server")
     try:
         server.wait_until_ready()
-        _succeeds(server, _workflow("demo_api.json"))
+        _succeeds(server, _workflow("api/demo.json"))
         ranks = [psutil.Process(pid) for pid in server.ranks()]
         server.process.kill()
         server.process.wait()
