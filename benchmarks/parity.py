@@ -27,6 +27,8 @@ LAYOUTS = {
     "Ring 2": ParallelConfig(ring_degree=2),
     "Ulysses 2 x Ring 2": ParallelConfig(ulysses_degree=2, ring_degree=2),
     "CFG 2": ParallelConfig(cfg_parallel_degree=2),
+    "data 2": ParallelConfig(data_parallel_degree=2),
+    "data 2 x CFG 2": ParallelConfig(data_parallel_degree=2, cfg_parallel_degree=2),
     "CFG 2 x Ulysses 2": ParallelConfig(cfg_parallel_degree=2, ulysses_degree=2),
 }
 MODELS = ("sd3", "sd3.5-medium", "flux")

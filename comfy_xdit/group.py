@@ -19,8 +19,9 @@ from typing import IO, Any
 from comfy_xdit.environment import ROOT, rank_environment
 from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
 from comfy_xdit.holders import Holders
-from comfy_xdit.messages import Cancelled, Failure, Progress, Result, Stop
+from comfy_xdit.messages import Cancelled, Failure, Forget, Progress, Result, Stop
 from comfy_xdit.parallel import DEGREES, ParallelConfig, available_devices
+from comfy_xdit.replies import agree, is_consequence
 from comfy_xdit.rpc import Event, Host
 
 START_SECONDS = 180.0
@@ -32,8 +33,6 @@ LIFE_SECONDS = 1.0  # how often heartbeats are looked at while nothing else happ
 POLL_SECONDS = 0.05  # how often the host's interrupt flag, which cannot be waited on, is looked at
 LOG_TAIL_BYTES = 3000
 _generations = itertools.count(1)
-# What a rank says when another one went away: the consequence, never the cause.
-_CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "socket")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class WorkerGroup:
 
         Args:
             message: a word of messages.py, or a function that makes it of the group's generation
-                (a number that grows with every start: new processes remember nothing).
+                (a number that grows when the ranks remember nothing: with every start, for one).
             on_progress: gets every Progress of the ranks.
             interrupted: asked about 20 times a second whether the person wants to stop.
             timeout: seconds without any sign of life from a rank after which it counts as dead.
@@ -203,6 +202,8 @@ class WorkerGroup:
         self._job, self._received = self._job + 1, 0
         if callable(message):
             message = message(self.generation)
+        if isinstance(message, Forget) and message.specs is None:
+            self.generation = next(_generations)  # from here on they are as new
         began = time.perf_counter()
         try:
             sent = self._bridge.send(ranks, self._job, message)
@@ -287,18 +288,18 @@ class WorkerGroup:
         except (WorkerDied, RuntimeError):
             self._kill()
             return
-        if not _agree(replies, ranks):
+        if not agree(replies, ranks):
             self._kill()
 
     def _verdict(self, ranks: list[int], replies: dict[int, Any]) -> Any:
         """The answer, or the exception that the replies amount to."""
-        agreed = _agree(replies, ranks)
+        agreed = agree(replies, ranks)
         failures = {rank: m for rank, m in replies.items() if isinstance(m, Failure)}
         tails = "" if agreed else self._tails()
         if not agreed:
             self._kill()  # the ranks are no longer in step: only new processes are trustworthy
         if failures:
-            rank, failure = min(failures.items(), key=lambda item: _is_consequence(item[1]))
+            rank, failure = min(failures.items(), key=lambda item: is_consequence(item[1]))
             if failure.invalid and agreed:
                 raise InvalidInput(failure.message)
             raise RemoteError(rank, failure.kind, failure.message, failure.traceback)
@@ -356,21 +357,6 @@ def _raising(interrupted: Callable[[], bool] | None) -> Callable[[], bool] | Non
         return False
 
     return check if interrupted is not None else None
-
-
-def _agree(replies: dict[int, Any], ranks: list[int]) -> bool:
-    """True when every rank answered and all answers are of one kind, at one step."""
-    if len(replies) < len(ranks):
-        return False
-    kinds = {
-        (type(m), m.kind) if isinstance(m, Failure) else (type(m), getattr(m, "step", None))
-        for m in replies.values()
-    }
-    return len(kinds) == 1
-
-
-def _is_consequence(failure: Failure) -> bool:
-    return any(word in failure.message.lower() for word in _CONSEQUENCES)
 
 
 _groups: dict[ParallelConfig, WorkerGroup] = {}

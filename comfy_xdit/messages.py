@@ -29,12 +29,49 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """One change of one weight, as a LoRA file describes it, in ComfyUI's terms.
+
+    `kind` is lora, loha, lokr, glora, oft, boft, diff or set; `tensors` are those of the kind, by
+    name. It changes `length` slices of dimension `dim` from `start` on, if `offset` is (dim, start,
+    length). The weight is scaled by `base` before; `swapped` exchanges the halves of the change.
+    """
+
+    kind: str
+    tensors: dict[str, Any]
+    strength: float
+    base: float = 1.0
+    alpha: float | None = None
+    offset: tuple[int, int, int] | None = None
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """All patches of a model by weight, in the order they apply; the weights have native names.
+
+    `name` is made of the content; "" is no patch at all. `weights` is None where the ranks hold
+    the set already; its tensors are `Keep`, or `Known` when another set brought them. `forget`
+    names sets to drop.
+    """
+
+    name: str = ""
+    weights: dict[str, tuple[Patch, ...]] | None = None
+    forget: tuple[str, ...] = ()
+
+
+NO_PATCHES = PatchSet()
+
+
+@dataclass(frozen=True)
 class Denoise:
     """One call of the transformer, with ComfyUI's arguments.
 
     `x` is (B, C, H, W), already scaled as the transformer expects; `timestep` is (B,), what
     ComfyUI hands to the transformer; `conditions` are the keyword arguments (context, y, guidance
     ...), each a tensor, a plain value, or a `Known` tensor. `forget` names tensors to drop.
+    `control` holds the residuals of ControlNets on the host, (B or 1, tokens, width) or None per
+    block, by the names ComfyUI gives the lists. They change with every call and are not kept.
     Answer: the transformer's output, shaped like `x`.
     """
 
@@ -43,13 +80,15 @@ class Denoise:
     timestep: torch.Tensor
     conditions: dict[str, Any]
     forget: tuple[int, ...] = ()
+    control: dict[str, list[torch.Tensor | None]] | None = None
+    patches: PatchSet = NO_PATCHES
 
 
 @dataclass(frozen=True)
 class Keep:
     """A tensor to hold under `name` until it is forgotten."""
 
-    name: int
+    name: int | str
     tensor: torch.Tensor
 
 
@@ -57,7 +96,7 @@ class Keep:
 class Known:
     """A tensor the ranks already hold."""
 
-    name: int
+    name: int | str
 
 
 @dataclass(frozen=True)
@@ -81,6 +120,7 @@ class Sample:
     multiplier: float
     mask: torch.Tensor | None = None
     previews: bool = False
+    patches: PatchSet = NO_PATCHES
 
 
 @dataclass(frozen=True)
@@ -112,7 +152,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Forget:
-    """Let go of the models `specs` (None: of all) and of the tensors `names`. Answer: None."""
+    """Let go of the models `specs` and of the tensors `names`, or of everything. Answer: None."""
 
     specs: tuple[ModelSpec, ...] | None = None
     names: tuple[int | str, ...] = ()
@@ -175,7 +215,7 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Check, Denoise, Keep, Known, Sample, EncodeText, Decode, Encode, Stop,
+        Load, Check, Denoise, Keep, Known, Patch, PatchSet, Sample, EncodeText, Decode, Encode, Stop,
         Forget, Status, Ready, Progress, Result, Failure, Cancelled, ModelSpec, ParallelConfig,
     )
 }  # fmt: skip
@@ -183,10 +223,23 @@ WORDS: dict[str, type] = {
 
 @dataclass
 class Flat:
-    """A message in plain form: `head` is JSON-able and names tensors by their place in `tensors`."""
+    """A message in plain form: `head` is JSON-able and names tensors by their place in `tensors`.
+
+    A tensor that stands in a message several times (a ControlNet gives one residual to many
+    blocks) is in `tensors` once.
+    """
 
     head: Any = None
     tensors: list[torch.Tensor] = field(default_factory=list)
+    _places: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def place(self, tensor: torch.Tensor) -> int:
+        """Where `tensor` is in `tensors`, where it is put the first time."""
+        # `tensors` keeps every one alive, so no id is given twice.
+        place = self._places.setdefault(id(tensor), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(tensor)
+        return place
 
 
 def flatten(message: Any) -> Flat:
@@ -196,25 +249,24 @@ def flatten(message: Any) -> Flat:
         TypeError: something in it is neither plain data, a tensor nor a word of this module.
     """
     flat = Flat()
-    flat.head = _plain(message, flat.tensors)
+    flat.head = _plain(message, flat)
     return flat
 
 
-def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
+def _plain(value: Any, flat: Flat) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return {"tensor": len(tensors) - 1}
+        return {"tensor": flat.place(value)}
     if isinstance(value, list):
-        return [_plain(v, tensors) for v in value]
+        return [_plain(v, flat) for v in value]
     if isinstance(value, tuple):
-        return {"tuple": [_plain(v, tensors) for v in value]}
+        return {"tuple": [_plain(v, flat) for v in value]}
     if isinstance(value, dict):
-        return {"dict": [[_plain(k, tensors), _plain(v, tensors)] for k, v in value.items()]}
+        return {"dict": [[_plain(k, flat), _plain(v, flat)] for k, v in value.items()]}
     name = type(value).__name__
     if is_dataclass(value) and WORDS.get(name) is type(value):
-        return {name: {f.name: _plain(getattr(value, f.name), tensors) for f in fields(value)}}
+        return {name: {f.name: _plain(getattr(value, f.name), flat) for f in fields(value)}}
     raise TypeError(f"{name} cannot cross the bridge: only plain data and tensors can")
 
 

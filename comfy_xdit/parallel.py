@@ -16,7 +16,7 @@ DEGREES = (
     "pipefusion_degree",
 )
 # What the engine runs today; every other degree is refused by name, never ignored.
-SUPPORTED = ("cfg_parallel_degree", "ulysses_degree", "ring_degree")
+SUPPORTED = ("data_parallel_degree", "cfg_parallel_degree", "ulysses_degree", "ring_degree")
 
 
 @dataclass(frozen=True)

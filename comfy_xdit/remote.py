@@ -7,14 +7,17 @@ layout. Every message carries the spec, so a group that was restarted loads agai
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from comfy_xdit.errors import Interrupted
 from comfy_xdit.group import holders, running_groups, worker_group
 from comfy_xdit.messages import (
+    NO_PATCHES,
     Check,
     Decode,
     Denoise,
@@ -23,11 +26,13 @@ from comfy_xdit.messages import (
     Keep,
     Known,
     Load,
+    PatchSet,
     Progress,
     Result,
     Sample,
 )
 from comfy_xdit.parallel import ParallelConfig, available_devices
+from comfy_xdit.patches import SentPatches
 from comfy_xdit.spec import ModelSpec
 
 Interrupt = Callable[[], bool]
@@ -35,6 +40,8 @@ Interrupt = Callable[[], bool]
 REMEMBERED_BYTES = 4096
 REMEMBERED_TENSORS = 16
 _names = itertools.count(1)
+# Of all handles of a layout: its ranks hold one store of patch sets, named by content.
+_sent_patches: defaultdict[ParallelConfig, SentPatches] = defaultdict(SentPatches)
 
 
 class SentTensors:
@@ -94,7 +101,7 @@ class SentTensors:
 
 @dataclass
 class Remote:
-    """What all handles share. The model stays in the ranks as long as its handle lives, and a while longer."""
+    """What all handles share. A model stays in the ranks while it has a handle, and a while longer."""
 
     spec: ModelSpec
     parallel: ParallelConfig
@@ -126,9 +133,10 @@ class Remote:
 
 @dataclass
 class RemoteModel(Remote):
-    """A diffusion transformer in the ranks."""
+    """A diffusion transformer in the ranks. `patches` are those of its weights in `denoise`."""
 
     sent: SentTensors = field(default_factory=SentTensors, repr=False)
+    patches: PatchSet = field(default=NO_PATCHES, repr=False)
 
     def denoise(
         self,
@@ -136,6 +144,7 @@ class RemoteModel(Remote):
         timestep: torch.Tensor,
         conditions: dict[str, Any],
         interrupted: Interrupt | None = None,
+        control: dict[str, list[torch.Tensor | None]] | None = None,
     ) -> torch.Tensor:
         """One transformer call with ComfyUI's arguments.
 
@@ -143,6 +152,7 @@ class RemoteModel(Remote):
             x: (B, C, H, W) latent as the transformer expects it.
             timestep: (B,) as ComfyUI hands it to the transformer.
             conditions: keyword arguments (context, y, guidance ...).
+            control: residuals of ControlNets, one list per place (see `Denoise`).
 
         Returns:
             The output, (B, C, H, W), on CPU.
@@ -150,12 +160,15 @@ class RemoteModel(Remote):
 
         def message(generation: int) -> Denoise:
             referred = self.sent.refer(conditions, generation)
-            return Denoise(self.spec, x, timestep, referred, self.sent.take_forgotten())
+            patches = _sent_patches[self.parallel].refer(self.patches, generation)
+            forget = self.sent.take_forgotten()
+            return Denoise(self.spec, x, timestep, referred, forget, control, patches)
 
         try:
             return self._call(message, interrupted=interrupted).value
         except BaseException:
             self.sent.reset()
+            _sent_patches[self.parallel].reset()
             raise
 
     def sample(
@@ -165,7 +178,17 @@ class RemoteModel(Remote):
         interrupted: Interrupt | None = None,
     ) -> torch.Tensor:
         """A whole sampling loop in the ranks; returns the last latent, scaled, on CPU."""
-        return self._call(request, on_progress=on_progress, interrupted=interrupted).value
+
+        def message(generation: int) -> Sample:
+            return replace(request, patches=_sent_patches[self.parallel].refer(request.patches, generation))
+
+        try:
+            return self._call(message, on_progress=on_progress, interrupted=interrupted).value
+        except Interrupted:  # at a step boundary: everything had arrived
+            raise
+        except BaseException:
+            _sent_patches[self.parallel].reset()
+            raise
 
 
 @dataclass

@@ -85,8 +85,13 @@ class _Sequence:
     def __init__(self) -> None:
         self._next: dict[str, int] = {}
 
+    def next(self, route: str) -> int:
+        """The number of the next message."""
+        return self._next.get(route, 0)
+
     def take(self, route: str) -> int:
-        number = self._next.get(route, 0)
+        """The number of the message that is on its way now."""
+        number = self.next(route)
         self._next[route] = number + 1
         return number
 
@@ -146,13 +151,13 @@ class Host:
         """
         flat = flatten(message)
         head = {"job": job, "body": flat.head, "tensors": self._outbound.write(flat.tensors)}
-        written = sum(tensor.nbytes for tensor in flat.tensors)
-        for rank in ranks:
-            route = f"commands/{rank}"
-            sealed = self._signed.seal(route, self._sequence.take(route), head)
-            self._store.queue_push(route, sealed)
-            written += len(sealed)
-        return written
+        routes = [f"commands/{rank}" for rank in ranks]
+        # Sealed first: a head that is too long is refused before any rank has got one.
+        sealed = [self._signed.seal(route, self._sequence.next(route), head) for route in routes]
+        for route, envelope in zip(routes, sealed, strict=True):
+            self._sequence.take(route)
+            self._store.queue_push(route, envelope)
+        return sum(tensor.nbytes for tensor in flat.tensors) + sum(map(len, sealed))
 
     def wait(self, seconds: float) -> Event | None:
         """The next event, or None when none came within `seconds`."""

@@ -256,6 +256,17 @@ def test_a_known_tensor_is_compared_by_content():
     assert isinstance(sent.refer({"context": context}, 2)["context"], Keep), "new processes hold nothing"
 
 
+def test_a_head_that_is_too_long_costs_nothing(group, tiny_models):
+    group.call(long_run(tiny_models["sd3"], 2))
+    pids = list(group.pids)
+    with pytest.raises(ValueError, match=r"head of \d+ bytes is over"):
+        group.call(
+            Denoise(ModelSpec("x", "transformer"), torch.ones(1), torch.ones(1), {"y": "y" * 5_000_000})
+        )
+    group.call(long_run(tiny_models["sd3"], 2))
+    assert group.pids == pids
+
+
 def test_a_second_program_may_use_its_own_group(group, tiny_models):
     """Nothing of a group is fixed: no port, no name, no environment of the host."""
     before = dict(os.environ)

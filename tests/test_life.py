@@ -74,6 +74,7 @@ def test_a_model_that_is_held_again_in_time_is_not_read_again(tiny_models, linge
         gc.collect()
         remote = handle(tiny_models["sd3"], TWO)
     assert status(TWO)[0]["loads"] == loads
+    denoise(remote, tiny_models["sd3"])
 
 
 def test_one_of_two_handles_is_enough_to_stay(tiny_models, lingering):

@@ -26,6 +26,7 @@ FLUX_CONFIG = {
     "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 32,
     "guidance_embeds": True, "axes_dims_rope": (4, 14, 14),
 }  # fmt: skip
+FLUX_HIDDEN = FLUX_CONFIG["num_attention_heads"] * FLUX_CONFIG["attention_head_dim"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ def native_state_dict(family: ModelFamily, module: nn.Module, config: dict) -> d
     ours = module.state_dict()
     native: dict[str, torch.Tensor] = {}
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    shapes = _native_marker(family, config)
-    for name, source in family.mapping(shapes, dict(module.config)).items():
+    for name, source in family.native_mapping(dict(module.config)).items():
         tensor = ours[name]
         if source.swap:
             first, second = tensor.chunk(2)
@@ -86,16 +86,6 @@ def native_state_dict(family: ModelFamily, module: nn.Module, config: dict) -> d
     for key, parts in pieces.items():
         native[key] = torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
     return native
-
-
-def _native_marker(family: ModelFamily, config: dict) -> dict[str, tuple[int, ...]]:
-    if isinstance(family, SD3):
-        return {"joint_blocks.0.context_block.attn.qkv.weight": (1, 1)}
-    hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    fused = {
-        f"single_blocks.{i}.linear1.weight": (7 * hidden, hidden) for i in range(config["num_single_layers"])
-    }
-    return {"double_blocks.0.img_attn.qkv.weight": (1, 1), **fused}
 
 
 def write_native(family: ModelFamily, module: nn.Module, config: dict, file: Path, prefix: str = "") -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Checkpoint:
     def __init__(self, files: Iterable[Path]):
         self._files = list(files)
         self._place: dict[str, tuple[Path, str]] = {}
+        self._stamps = {file: _stamp(file) for file in self._files}
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
         for file in self._files:
@@ -73,14 +75,24 @@ class Checkpoint:
 
     def tensors(self, mapping: dict[str, Source], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Read every mapped tensor as `dtype`, on CPU. Slices are read, not whole tensors."""
-        result: dict[str, torch.Tensor] = {}
-        for file in self._files:
-            with safe_open(file, framework="pt") as opened:
-                for name, source in mapping.items():
-                    place, key = self._place[source.key]
-                    if place == file:
-                        result[name] = _read(opened, key, source).to(dtype)
-        return result
+        return dict(self.stream(mapping, dtype))
+
+    def stream(self, mapping: dict[str, Source], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `tensors`, one after the other in the order of `mapping`.
+
+        Raises:
+            InvalidInput: a file is no longer the one whose header was read.
+        """
+        for file, stamp in self._stamps.items():
+            if not file.exists() or _stamp(file) != stamp:
+                raise InvalidInput(
+                    f"{file} was changed or removed after it was loaded; run the loader node again."
+                )
+        with ExitStack() as stack:
+            opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in self._files}
+            for name, source in mapping.items():
+                file, key = self._place[source.key]
+                yield name, _read(opened[file], key, source).to(dtype)
 
     def common_dtype(self) -> torch.dtype:
         """The dtype most tensors have."""
@@ -142,6 +154,11 @@ def _without_prefix(key: str) -> str:
         if key.startswith(prefix):
             return key.removeprefix(prefix)
     return key
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _how_to_convert() -> str:

@@ -25,8 +25,10 @@ from comfy_xdit.messages import (
     Status,
 )
 from comfy_xdit.spec import ModelSpec
+from worker.batch import Batch
 from worker.loop import Run
 from worker.parallel import Degrees, RankGroups
+from worker.patching import PatchStore
 from worker.sampling import sample
 from worker.store import ModelStore
 from worker.text import TextEncoders
@@ -44,7 +46,8 @@ class Engine:
         self._models = ModelStore(
             groups.device, groups.world_size, lambda spec: self._open(spec, groups.degrees)
         )
-        self._tensors: dict[int, torch.Tensor] = {}
+        self._tensors: dict[int | str, torch.Tensor] = {}
+        self._patches = PatchStore()
 
     def handlers(self) -> dict[type, Callable[[Any, Run], Any]]:
         """The method for each message type."""
@@ -83,17 +86,23 @@ class Engine:
 
     def denoise(self, message: Denoise, _run: Run) -> torch.Tensor | None:
         """One transformer call; the output goes to the host from rank 0 only."""
+        self._patches.take(message.patches)
         for name in message.forget:
             self._tensors.pop(name, None)
         conditions = self._resolve(message.conditions)
         transformer = self._require(message.spec)
-        conditions = transformer.check(message.x, conditions)
-        output = transformer.predict_batch(message.x, message.timestep, conditions)
+        conditions = transformer.check(message.x, conditions, message.control)
+        transformer.patch(message.patches.name, self._patches)
+        batch = Batch(message.x, message.timestep, conditions, message.control)
+        output = transformer.predict_batch(batch)
         return output if self._groups.rank == 0 else None
 
     def sample(self, message: Sample, run: Run) -> torch.Tensor | None:
         """A whole sampling loop; the latent goes to the host from rank 0 only."""
-        latent = sample(message, self._require(message.spec), self._groups, run)
+        self._patches.take(message.patches)
+        transformer = self._require(message.spec)
+        transformer.patch(message.patches.name, self._patches)
+        latent = sample(message, transformer, self._groups, run)
         return latent if self._groups.rank == 0 else None
 
     def encode_text(self, message: EncodeText, _run: Run) -> dict[str, torch.Tensor | None]:
@@ -109,15 +118,20 @@ class Engine:
         return self._require(message.spec).encode(message.pixels)
 
     def forget(self, message: Forget, _run: Run) -> None:
-        """Let go of models, and of tensors that travelled before."""
+        """Let go of models, and of tensors that travelled before; or of everything."""
         for name in message.names:
             self._tensors.pop(name, None)
+        if message.specs is None:
+            self._tensors, self._patches = {}, PatchStore()
         self._models.drop(message.specs)
 
     def status(self, _message: Status, _run: Run) -> dict[str, Any]:
         """What this rank holds and how much memory it has."""
-        kept = sum(tensor.nbytes for tensor in self._tensors.values())
-        return self.report() | self._models.report() | {"tensors": kept} | _memory(self._groups.device)
+        kept = {
+            "tensors": sum(tensor.nbytes for tensor in self._tensors.values()),
+            "patches": self._patches.nbytes,
+        }
+        return self.report() | self._models.report() | kept | _memory(self._groups.device)
 
     def _require(self, spec: ModelSpec) -> Loaded:
         """The loaded model of this spec."""

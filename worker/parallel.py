@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +25,11 @@ COLLECTIVE = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Degrees:
-    """The degrees of this group. `branches` is CFG parallel: ranks that take different batches."""
+    """The degrees of this group.
+
+    `branches` are ranks that take different rows of a batch: data parallel times CFG parallel. To a
+    transformer call it makes no difference whether two rows are two pictures or two prompts.
+    """
 
     branches: int
     ulysses: int
@@ -34,7 +38,8 @@ class Degrees:
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Degrees:
         """The degrees of a layout."""
-        return cls(parallel.cfg_parallel_degree, parallel.ulysses_degree, parallel.ring_degree)
+        branches = parallel.data_parallel_degree * parallel.cfg_parallel_degree
+        return cls(branches, parallel.ulysses_degree, parallel.ring_degree)
 
     @property
     def sequence(self) -> int:
@@ -67,7 +72,7 @@ class RankGroups:
 
     @property
     def branch(self) -> int:
-        """Which branch (part of a batch, or side of guidance) this rank computes."""
+        """Which part of a batch this rank computes."""
         return self.rank // self.degrees.sequence
 
     @property
@@ -75,11 +80,13 @@ class RankGroups:
         """Which part of the tokens this rank computes."""
         return self.rank % self.degrees.sequence
 
-    def gather_branches(self, output: torch.Tensor) -> list[torch.Tensor]:
-        """Every branch's output, in branch order; all of one shape."""
+    def gather_rows(self, rows: torch.Tensor, shard: Shard) -> torch.Tensor:
+        """All rows of a batch, in their order, of which this rank's branch has `rows` (n, ...)."""
         from xfuser.core.distributed import get_dp_group
 
-        return list(get_dp_group().all_gather(output.contiguous(), dim=0).chunk(self.degrees.branches))
+        padding = rows.new_zeros(shard.size - rows.shape[0], *rows.shape[1:])
+        gathered = get_dp_group().all_gather(torch.cat([rows, padding]), dim=0)
+        return gathered.index_select(0, true_positions((shard,), range(shard.ranks), rows.device))
 
     def gather_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Concatenate every sequence rank's tokens (B, n, D) along dim 1."""
@@ -132,6 +139,10 @@ class Shard:
         shape = list(part.shape)
         shape[dim] = self.size - count
         return torch.cat([part, part.new_zeros(shape)], dim)
+
+    def own(self, tokens: torch.Tensor, rank: int) -> torch.Tensor:
+        """What the part of `rank` has of (B, n, D), n at most `length`; no padding, and maybe nothing."""
+        return tokens[:, rank * self.size : (rank + 1) * self.size]
 
 
 def true_positions(shards: tuple[Shard, ...], ranks: range, device: torch.device) -> torch.Tensor:
@@ -199,6 +210,10 @@ class SequenceParallel:
         with xfuser_compat.valid_keys(self._valid_keys()):
             yield
 
+    def own_image(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This rank's part of something on the image tokens, or on the first of them."""
+        return self._image.own(tokens, self._groups.sequence_rank)
+
     def _split(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rank = self._groups.sequence_rank
         kwargs["hidden_states"] = self._image.take(kwargs["hidden_states"], rank)
@@ -257,15 +272,3 @@ def _start_runtime_state(transformer: nn.Module, degrees: Degrees) -> None:
     state.get_runtime_state().split_text_embed_in_sp = True
     # Flux's processor reads it in every call, and uses it under PipeFusion only.
     state.get_runtime_state().max_condition_sequence_length = 0
-
-
-def spread(groups: RankGroups, calls: list[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
-    """Results of independent calls of the transformer, each computed by one branch.
-
-    Args:
-        calls: each gives a tensor of the same shape. With as many branches as calls each branch
-            computes its own; otherwise every branch computes all of them.
-    """
-    if groups.degrees.branches == 1 or len(calls) != groups.degrees.branches:
-        return [call() for call in calls]
-    return groups.gather_branches(calls[groups.branch]())

@@ -13,8 +13,9 @@ import torch
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Sample
+from worker.batch import Batch, join
 from worker.loop import Run
-from worker.parallel import RankGroups, spread
+from worker.parallel import RankGroups
 from worker.transformer import Transformer
 
 Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x, sigma) -> denoised
@@ -79,7 +80,7 @@ def sample(request: Sample, transformer: Transformer, groups: RankGroups, run: R
     steps = len(request.sigmas) - 1
     if steps < 1:
         return request.latent
-    model = _guided(request, transformer, groups, positive, negative)
+    model = _guided(request, transformer, positive, negative)
     if request.mask is not None:
         model = _masked(model, request)
 
@@ -97,40 +98,29 @@ def _noised(request: Sample, sigma: torch.Tensor) -> torch.Tensor:
 def _guided(
     request: Sample,
     transformer: Transformer,
-    groups: RankGroups,
     positive: dict[str, Any],
     negative: dict[str, Any] | None,
 ) -> Model:
-    """Classifier-free guidance on the denoised latents, as ComfyUI computes it."""
-    joined = None if negative is None else _join(negative, positive)
+    """Classifier-free guidance on the denoised latents, as ComfyUI computes it.
+
+    Both sides are one batch, whose rows the branches share, or two where one batch cannot hold them.
+    """
+    sides = [positive] if negative is None else [negative, positive]
+    joined = join(sides)
+    batches = sides if joined is None else [joined]
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        def predict(conditions: dict[str, Any]) -> torch.Tensor:
-            return transformer.predict(x, (sigma * request.multiplier).expand(x.shape[0]), conditions)
-
+        rows = torch.cat([x] * (len(sides) // len(batches)))
+        timestep = (sigma * request.multiplier).expand(rows.shape[0])
+        predictions = [transformer.predict_batch(Batch(rows, timestep, given)) for given in batches]
+        outputs = torch.cat(predictions).chunk(len(sides))
+        denoised = [x - sigma * output for output in outputs]
         if negative is None:
-            return x - sigma * predict(positive)
-        if groups.degrees.branches == 1 and joined is not None:
-            both, times = torch.cat([x, x]), (sigma * request.multiplier).expand(2 * x.shape[0])
-            outputs = transformer.predict(both, times, joined).chunk(2)
-        else:
-            outputs = spread(groups, [lambda: predict(negative), lambda: predict(positive)])
-        without, guided = (x - sigma * output for output in outputs)
+            return denoised[0]
+        without, guided = denoised
         return without + (guided - without) * request.cfg
 
     return model
-
-
-def _join(negative: dict[str, Any], positive: dict[str, Any]) -> dict[str, Any] | None:
-    """Both sides as one batch, or None when their shapes differ (prompts of different length)."""
-    if negative.keys() != positive.keys():
-        return None
-    pairs = {name: (negative[name], positive[name]) for name in positive}
-    fits = all(
-        isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
-        for a, b in pairs.values()
-    )
-    return {name: torch.cat(pair) for name, pair in pairs.items()} if fits else None
 
 
 def _masked(model: Model, request: Sample) -> Model:

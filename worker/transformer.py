@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from accelerate import init_empty_weights
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.spec import ModelSpec
+from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, read_json
+from worker.control import ControlResiduals, Residuals, check_residuals
 from worker.models import detect
-from worker.models.base import ModelFamily
-from worker.parallel import Degrees, RankGroups, SequenceParallel, spread
+from worker.models.base import ModelFamily, to_whole_patches
+from worker.parallel import Degrees, RankGroups, SequenceParallel, Shard
+from worker.patching import PatchedWeights, PatchStore
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PATCH = 2  # latent pixels per token side, of every family here
 
 
 class Transformer:
@@ -35,7 +38,7 @@ class Transformer:
                 f"ring_degree {degrees.ring} needs fp16 or bf16 on a GPU, and {spec.path} would be computed "
                 "in fp32; set weight_dtype to bf16, or ring_degree to 1."
             )
-        self._checkpoint, self._tokens = checkpoint, None
+        self._checkpoint, self._tokens, self._patched = checkpoint, None, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         with init_empty_weights():
             self.module = self.family.build(self.config)
@@ -50,8 +53,22 @@ class Transformer:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
         self.module.to(self._groups.device).eval().requires_grad_(False)
+        self.family.prepare(self.module)
+        native = self.family.native_mapping(self.config)
+        weights = self.module.state_dict()
+        self._patched = PatchedWeights(weights, native, self._checkpoint, self._mapping, self.dtype)
         if self._groups.degrees.sequence > 1:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
+        own = self._tokens.own_image if self._tokens else lambda tokens: tokens
+        self._control = ControlResiduals(self.module, self.family.control, own)
+
+    def patch(self, name: str, store: PatchStore) -> int:
+        """Have the weight patches of one set. Returns how many weights were written.
+
+        Raises:
+            InvalidInput: a patch does not fit the model, or its file is no longer there.
+        """
+        return self._patched.apply(name, store)
 
     def describe(self) -> dict[str, Any]:
         """What the host needs to know: plain values only."""
@@ -72,37 +89,53 @@ class Transformer:
             },
         }
 
-    def predict(self, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]) -> torch.Tensor:
+    def predict(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, Any],
+        control: Residuals | None = None,
+    ) -> torch.Tensor:
         """The transformer's output for (B, C, H, W), in x's dtype. All sequence ranks call it alike."""
         height, width = x.shape[-2:]
-        padded = _to_whole_patches(x.to(self.dtype))
+        padded = to_whole_patches(x.to(self.dtype))
         call = self.family.call(self.config, padded, timestep, conditions)
-        if self._tokens is None:
+        spread_tokens = (
+            self._tokens.tokens(call.image_tokens, call.text_tokens) if self._tokens else nullcontext()
+        )
+        with spread_tokens, self._control.of(control):
             (sample,) = self.module(**call.kwargs, return_dict=False)
-        else:
-            with self._tokens.tokens(call.image_tokens, call.text_tokens):
-                (sample,) = self.module(**call.kwargs, return_dict=False)
         return self.family.output(self.config, sample, padded)[..., :height, :width].to(x.dtype)
 
-    def predict_batch(
-        self, x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]
-    ) -> torch.Tensor:
-        """As `predict`, with the batch spread over the branches when they divide it."""
-        branches, batch = self._groups.degrees.branches, x.shape[0]
-        if branches == 1 or batch % branches:
-            return self.predict(x, timestep, conditions)
+    def predict_batch(self, batch: Batch) -> torch.Tensor:
+        """As `predict`, with the rows of the batch spread over the branches, as evenly as they go.
 
-        def part(branch: int) -> torch.Tensor:
-            def cut(value: Any) -> Any:
-                batched = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch
-                return value.chunk(branches)[branch] if batched else value
+        With fewer rows than branches some have none; a batch of one row is computed by all, which
+        costs no time and no exchange.
+        """
+        branches = self._groups.degrees.branches
+        if branches == 1 or len(batch) == 1:
+            return self._predict_by_length(batch)
+        shard, branch = Shard(len(batch), branches), self._groups.branch
+        own = batch.rows(slice(shard.start(branch), shard.start(branch + 1)))
+        # Sequence ranks of one branch have the same rows, so that one without any skips as a whole.
+        outputs = self._predict_by_length(own) if len(own) else batch.x[:0]
+        return self._groups.gather_rows(outputs, shard)
 
-            return self.predict(cut(x), cut(timestep), {k: cut(v) for k, v in conditions.items()})
+    def _predict_by_length(self, batch: Batch) -> torch.Tensor:
+        """As `predict`, prompt lengths apart: padding would be attended to."""
+        order: list[int] = []
+        outputs = []
+        for rows, group in batch.by_length():
+            order += rows
+            outputs.append(self.predict(group.x, group.timestep, group.conditions, group.control))
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.cat(outputs)[torch.tensor(order).argsort()]
 
-        calls = [lambda branch=branch: part(branch) for branch in range(branches)]
-        return torch.cat(spread(self._groups, calls))
-
-    def check(self, x: torch.Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    def check(
+        self, x: torch.Tensor, conditions: dict[str, Any], control: Residuals | None = None
+    ) -> dict[str, Any]:
         """The conditions that are set. Raises InvalidInput before any rank has begun to compute."""
         channels = self.family.latent_channels(self.config)
         if x.ndim != 4 or x.shape[1] != channels:
@@ -114,9 +147,14 @@ class Transformer:
             raise InvalidInput(
                 "the latent holds values that are not finite (NaN or infinity); check the node that made it."
             )
+        check_lengths(conditions, x.shape[0])
+        lengths = {name: value for name, value in conditions.items() if name == LENGTHS and value is not None}
+        conditions = {name: value for name, value in conditions.items() if name != LENGTHS}
         conditions = self.family.check_conditions(conditions)
-        self.family.call(self.config, _to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
-        return conditions
+        call = self.family.call(self.config, to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
+        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        check_residuals(control, self.family.control, x.shape[0], call.image_tokens, width)
+        return conditions | lengths
 
     def _config(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         try:
@@ -171,12 +209,3 @@ def _check_complete(
                 f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
                 "damaged or of a variant this version does not know."
             )
-
-
-def _to_whole_patches(x: torch.Tensor) -> torch.Tensor:
-    """Pad height and width to whole patches, circularly as ComfyUI does; `predict` cuts it off again."""
-    height, width = x.shape[-2:]
-    down, right = -height % PATCH, -width % PATCH
-    if not (down or right):
-        return x
-    return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")

@@ -12,8 +12,7 @@ import comfy.sd
 import torch
 
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible
-from comfy_xdit.comfy_types.model import HANDLE
-from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.twin import read_header
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.prompt import parse_weights

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
 
+from comfy_xdit.comfy_types.control import residuals
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
-from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
+from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import Remote, RemoteModel
 
-HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
 # around the transformer's call, on the host, where it is.
 HOST_OPTIONS = {
@@ -41,6 +42,7 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     """
     twin = build_twin(remote.spec.path, compute_dtype(remote))
     setattr(twin, HANDLE, remote)
+    pair_prompts(twin)
     _send_calls_to(remote, twin.diffusion_model)
     management = comfy.model_management
     return RemotePatcher(twin, management.get_torch_device(), management.unet_offload_device())
@@ -100,20 +102,27 @@ def _send_calls_to(remote: RemoteModel, transformer: torch.nn.Module) -> None:
     signature = inspect.signature(getattr(transformer, name))
 
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-        x, timestep, conditions = _arguments(signature, args, kwargs)
+        given = _arguments(signature, args, kwargs)
         raise_if_interrupted()
         with interruptible():
-            out = remote.denoise(x, timestep, conditions, interrupted=interrupted)
-        return out.to(device=x.device, dtype=x.dtype)
+            out = remote.denoise(**given._asdict(), interrupted=interrupted)
+        return out.to(device=given.x.device, dtype=given.x.dtype)
 
     # An instance attribute: nn.Module.__setattr__ would do the same, more slowly.
     object.__setattr__(transformer, name, call)
 
 
-def _arguments(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """x, timestep and the conditions of one call, under the names the transformer's class gives them.
+class _Arguments(NamedTuple):
+    """What one call of the transformer says, in the terms of `RemoteModel.denoise`."""
+
+    x: torch.Tensor
+    timestep: torch.Tensor
+    conditions: dict[str, Any]
+    control: dict[str, list[torch.Tensor | None]] | None
+
+
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """The arguments of one call, under the names the transformer's class gives them.
 
     Raises:
         InvalidInput: something in the call cannot reach the ranks.
@@ -124,14 +133,16 @@ def _arguments(
             given |= given.pop(parameter.name, {})
     x, timestep = (given.pop(name) for name in list(signature.parameters)[:2])
     check_transformer_options(given.pop("transformer_options", None) or {})
-    if given.pop("control", None) is not None:
-        raise InvalidInput(
-            "ControlNet is not in this version of comfy_xdit. Remove the ControlNet node, "
-            "or use the stock loader instead of the xDiT one."
-        )
+    control = residuals(given.pop("control", None))
     if not isinstance(x, torch.Tensor):
         raise InvalidInput(
             f"this family hands {len(x)} latents at once to its transformer, which is not in this version "
             "of comfy_xdit. Use the stock loader."
         )
-    return x, timestep, {name: value for name, value in given.items() if value is not None}
+    conditions = {name: value for name, value in given.items() if value is not None}
+    if control is not None and LENGTHS in conditions:
+        raise InvalidInput(
+            "a ControlNet was given prompts of different length in one batch, which it cannot tell from "
+            "padding. Apply the ControlNet to positive and negative with 'Apply ControlNet' (advanced)."
+        )
+    return _Arguments(x, timestep, conditions, control)

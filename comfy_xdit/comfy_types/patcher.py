@@ -7,7 +7,12 @@ from typing import Any, NoReturn
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from comfy_xdit.comfy_types.patches import counts, describe
 from comfy_xdit.errors import InvalidInput
+from comfy_xdit.messages import NO_PATCHES, PatchSet
+from comfy_xdit.remote import RemoteModel
+
+HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 
 # More than 0, or ComfyUI would measure the twin and make room for it.
 HOST_BYTES = 1
@@ -24,6 +29,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def __init__(self, model: Any, load_device: Any, offload_device: Any, *args: Any, **kwargs: Any):
         super().__init__(model, load_device, offload_device, *args, **kwargs)
         self.size = HOST_BYTES
+        self._described: tuple[Any, PatchSet] = (None, NO_PATCHES)  # and the uuid it was made for
 
     def clone(self, *args: Any, **kwargs: Any) -> RemotePatcher:
         """As stock: another set of patches over the same model."""
@@ -32,15 +38,38 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             raise InvalidInput(
                 "this ComfyUI clones a MODEL in a way that would lose its ranks; update comfy_xdit."
             )
+        other._described = self._described
         return other
+
+    # ------------------------------------------------------------------ LoRA and other weight patches
+
+    def weight_patches(self) -> PatchSet:
+        """The patches of this clone, for the ranks.
+
+        Raises:
+            InvalidInput: some cannot reach them.
+        """
+        if self._described[0] != self.patches_uuid:
+            self._described = (self.patches_uuid, describe(self.patches))
+        return self._described[1]
+
+    def _use_patches(self, wanted: bool) -> None:
+        """From now on the twin's calls are made with the patches of this clone, or with none."""
+        remote = getattr(self.model, HANDLE, None)
+        if isinstance(remote, RemoteModel):
+            remote.patches = self.weight_patches() if wanted else NO_PATCHES
 
     # ------------------------------------------------------------------ what cannot reach the ranks
 
     def refuse_what_stays_here(self) -> None:
         """Raise InvalidInput for any patch that would act on the twin only, and so be ignored."""
-        patched = [key for key, patches in self.patches.items() if any(_counts(patch) for patch in patches)]
-        if patched:
-            _refuse(f"LoRA or other weight patches ({patched[0]} ...)", "Remove the LoRA node")
+        if isinstance(getattr(self.model, HANDLE, None), RemoteModel):
+            self.weight_patches()
+        elif patched := [key for key, entries in self.patches.items() if any(map(counts, entries))]:
+            _refuse(
+                f"LoRA or other weight patches ({patched[0]} ...)",
+                "Set strength_clip of the LoRA node to 0, or use LoraLoaderModelOnly",
+            )
         if self.injections:
             _refuse(f"forward injections ({', '.join(map(str, self.injections))})", "Use a normal LoRA node")
         if self.weight_wrapper_patches:
@@ -54,8 +83,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             _refuse("torch.compile", "Remove the TorchCompileModel node")
 
     def pre_run(self) -> None:
-        """Before the first step of a run."""
+        """Before the first step of a run. Several clones share the twin: this one's patches count."""
         self.refuse_what_stays_here()
+        self._use_patches(True)
         super().pre_run()
 
     def patch_hooks(self, hooks: Any) -> None:
@@ -92,8 +122,9 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         full_load: bool = False,
         **_: Any,
     ) -> None:
-        """Mark the model as loaded. The ranks load by themselves at the first call."""
+        """Mark the model as loaded. The ranks load, and patch, by themselves at the first call."""
         self.refuse_what_stays_here()
+        self._use_patches(True)
         with self.use_ejected():
             model = self.model
             model.device = device_to
@@ -107,6 +138,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True, **_: Any) -> None:
         """Mark the model as unloaded, which happens whenever others need memory: the ranks keep theirs."""
         if unpatch_weights:
+            self._use_patches(False)
             self.model.current_weight_patches_uuid = None
             self.model.model_loaded_weight_memory = 0
             if device_to is not None:
@@ -163,12 +195,6 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
 
     def unpin_all_weights(self, *_: Any, **__: Any) -> None:
         """Nothing was pinned."""
-
-
-def _counts(patch: tuple[Any, ...]) -> bool:
-    """False for a patch of strength 0 that leaves the weight as it is."""
-    strength, _, strength_of_weight, *_ = patch
-    return strength != 0 or strength_of_weight != 1
 
 
 def _refuse(what: str, remedy: str) -> NoReturn:

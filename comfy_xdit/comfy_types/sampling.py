@@ -103,6 +103,7 @@ def sample_request(
         multiplier=_multiplier(model),
         mask=mask,
         previews=comfy.cli_args.args.preview_method != latent_preview.LatentPreviewMethod.NoPreviews,
+        patches=model.weight_patches(),
     )
     return request, lambda answer: _finish(model, answer)
 

@@ -17,6 +17,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
+from comfy_xdit.comfy_types.control import lend_embedders
 from comfy_xdit.errors import InvalidInput
 
 META = torch.device("meta")
@@ -59,23 +60,29 @@ def build_twin(path: str | Path, dtype: torch.dtype) -> Any:
     # free still gets positive and negative in one call.
     twin.memory_required = lambda *_, **__: 0
     twin.state_dict_for_saving = _refuse_saving
+    lend_embedders(twin.diffusion_model, transformer_files(Path(path)))
     return twin
 
 
 def transformer_shapes(path: Path) -> dict[str, torch.Tensor]:
     """Meta tensors by name, of a safetensors file or of the shards in a diffusers folder."""
+    shapes: dict[str, torch.Tensor] = {}
+    for file in transformer_files(path):
+        shapes |= read_header(file)
+    return shapes
+
+
+def transformer_files(path: Path) -> list[Path]:
+    """The safetensors file at `path`, or the shards in a diffusers folder or a pipeline."""
     if path.is_file():
-        return read_header(path)
+        return [path]
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise InvalidInput(
             f"no .safetensors file in {folder}; choose a diffusers folder with a transformer in safetensors."
         )
-    shapes: dict[str, torch.Tensor] = {}
-    for file in files:
-        shapes |= read_header(file)
-    return shapes
+    return files
 
 
 def read_header(file: Path) -> dict[str, torch.Tensor]:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from comfy_xdit.environment import ROOT
 from tests import tiny
-from tests.comfyui.inputs import DEMO, SHIM, python_path
+from tests.comfyui.inputs import DEMO, FLUX_CONFIG, SHIM, python_path
+from worker.models.flux import Flux
 
 HERE = Path(__file__).parent
 COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
@@ -89,6 +91,52 @@ def tiny_sd3(comfyui: SimpleNamespace) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3_diffusers(comfyui: SimpleNamespace, tiny_sd3: str) -> str:
+    """The same weights under diffusers' names."""
+    from worker.models.sd3 import SD3
+
+    config = {**tiny.SD3_CONFIG, "num_layers": tiny.SD3_CONFIG["num_attention_heads"]}
+    name = "tiny_sd3_diffusers.safetensors"
+    with torch.inference_mode(False):
+        tensors = {k: v.contiguous() for k, v in tiny.build(SD3(), config).state_dict().items()}
+        save_file(tensors, comfyui.models / "diffusion_models" / name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(comfyui: SimpleNamespace) -> Iterator[str]:
+    """A Flux file with random weights, of a width ComfyUI is told; its name for the loaders.
+
+    ComfyUI takes Flux's widths from FLUX.1 instead of the file. Stock loader and twin see the same.
+    """
+    from worker.models.flux import Flux
+
+    detection = importlib.import_module("comfy.model_detection")
+    original = detection.detect_unet_config
+
+    def detect(state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> Any:
+        config = original(state_dict, prefix, *args, **kwargs)
+        first = state_dict.get(f"{prefix}img_in.weight")
+        if config and config.get("image_model") == "flux" and first.shape[0] == tiny.FLUX_HIDDEN:
+            config |= {
+                "hidden_size": tiny.FLUX_HIDDEN,
+                "num_heads": tiny.FLUX_CONFIG["num_attention_heads"],
+                "axes_dim": list(tiny.FLUX_CONFIG["axes_dims_rope"]),
+                "context_in_dim": tiny.FLUX_CONFIG["joint_attention_dim"],
+                "vec_in_dim": tiny.FLUX_CONFIG["pooled_projection_dim"],
+            }
+        return config
+
+    detection.detect_unet_config = detect
+    name = "tiny_flux.safetensors"
+    with torch.inference_mode(False):
+        module = tiny.build(Flux(), tiny.FLUX_CONFIG)
+        tiny.write_native(Flux(), module, tiny.FLUX_CONFIG, comfyui.models / "diffusion_models" / name)
+    yield name
+    detection.detect_unet_config = original
+
+
+@pytest.fixture(scope="session")
 def demo_sd3(comfyui: SimpleNamespace) -> str:
     """The demo's single file, as a stock loader finds it too; its name for the loaders."""
     source = DEMO / "demo_sd3.safetensors"
@@ -96,3 +144,13 @@ def demo_sd3(comfyui: SimpleNamespace) -> str:
         pytest.skip(f"no demo model at {source}")
     (comfyui.models / "diffusion_models" / source.name).symlink_to(source)
     return source.name
+
+
+@pytest.fixture(scope="module")
+def flux_file(comfyui: SimpleNamespace) -> Iterator[Path]:
+    """One double and one single block at full width."""
+    tensors = tiny.native_state_dict(Flux(), tiny.build(Flux(), FLUX_CONFIG), FLUX_CONFIG)
+    file = comfyui.models / "diffusion_models" / "flux.safetensors"
+    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}, file)
+    yield file
+    file.unlink()  # more than a gigabyte

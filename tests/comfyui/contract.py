@@ -36,6 +36,13 @@ SIGNATURES = [
         ["self, device_to, extra_memory=0, force_patch_weights=False"],
         "RemotePatcher overrides it",
     ),
+    ("ModelPatcher", "pre_run", ["self"], "RemotePatcher sends the patches from then on"),
+    (
+        "ModelPatcher",
+        "add_patches",
+        ["self, patches, strength_patch=1.0, strength_model=1.0"],
+        "fills the patches that comfy_types.patches describes",
+    ),
     ("ModelPatcher", "patch_hooks", ["self, hooks"], "RemotePatcher refuses weight hooks in it"),
     (
         "ModelPatcher",
@@ -250,7 +257,23 @@ def clip() -> list[str]:
     return found
 
 
-CHECKS = (signatures, weights_are_left_alone, transformer_call, host_options, clip)
+def adapters() -> list[str]:
+    """The kinds of weight patches are those the ranks know; test_lora.py compares their numbers."""
+    import comfy.utils
+    import comfy.weight_adapter
+
+    from comfy_xdit.comfy_types.patches import ADAPTERS
+
+    names = {adapter.name for adapter in comfy.weight_adapter.adapters}
+    more, fewer = sorted(names - ADAPTERS.keys()), sorted(ADAPTERS.keys() - names)
+    found = [f"comfy.weight_adapter has {name!r}, which the ranks refuse." for name in more]
+    found += [f"comfy.weight_adapter no longer has {name!r}." for name in fewer]
+    if not hasattr(comfy.utils, "swap_scale_shift"):
+        found.append("comfy.utils.swap_scale_shift is gone: LoRA for SD3's last layers would be refused.")
+    return found
+
+
+CHECKS = (signatures, weights_are_left_alone, transformer_call, host_options, clip, adapters)
 
 
 def _is_meta(name: str, tensor: torch.Tensor) -> bool:

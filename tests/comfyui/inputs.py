@@ -10,9 +10,22 @@ import torch
 
 from comfy_xdit.environment import ROOT
 from comfy_xdit.parallel import ParallelConfig
+from tests import tiny
 
 DEMO = ROOT / "assets" / "demo"
 SHIM = Path(__file__).parent / "shim"
+# ComfyUI takes a Flux's width from FLUX.1 itself.
+FLUX_CONFIG = {
+    **tiny.FLUX_CONFIG,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}
+FLUX_BYTES = 12e9  # ComfyUI's copy and the ranks' copies, in fp32
 
 
 def python_path() -> str:
@@ -29,10 +42,20 @@ def layout(ranks: int = 1, **degrees: int) -> ParallelConfig:
 def random_conditioning(model: Any, seed: int, tokens: int = 12) -> list[Any]:
     """A CONDITIONING of random numbers that fits the transformer of `model`."""
     shapes = {name: tuple(p.shape) for name, p in model.model.diffusion_model.named_parameters()}
+    width = next(shapes[name][1] for name in ("context_embedder.weight", "txt_in.weight") if name in shapes)
+    pooled_names = ("y_embedder.mlp.0.weight", "vector_in.in_layer.weight")
+    pooled_width = next(shapes[name][1] for name in pooled_names if name in shapes)
     generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, tokens, shapes["context_embedder.weight"][1], generator=generator)
-    pooled = torch.randn(1, shapes["y_embedder.mlp.0.weight"][1], generator=generator)
-    return [[context, {"pooled_output": pooled}]]
+    context = torch.randn(1, tokens, width, generator=generator)
+    return [[context, {"pooled_output": torch.randn(1, pooled_width, generator=generator)}]]
+
+
+def conditioning_for(config: dict[str, Any], seed: int, **options: Any) -> list[Any]:
+    """As random_conditioning, for the diffusers configuration of a transformer."""
+    generator = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, 12, config["joint_attention_dim"], generator=generator)
+    pooled = torch.randn(1, config["pooled_projection_dim"], generator=generator)
+    return [[context, {"pooled_output": pooled, **options}]]
 
 
 def empty_latent(batch: int = 1, height: int = 16, width: int = 16) -> dict[str, torch.Tensor]:

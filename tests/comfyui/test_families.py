@@ -1,41 +1,26 @@
 """Every family and file format the ranks read, against the stock loader on the same file."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests import tiny
-from tests.comfyui.inputs import empty_latent, layout, relative_l2
-from worker.models.flux import Flux
+from tests.comfyui.inputs import (
+    FLUX_BYTES,
+    FLUX_CONFIG,
+    conditioning_for,
+    empty_latent,
+    layout,
+    relative_l2,
+)
 from worker.models.sd3 import SD3
 
 PER_RUN = 1e-4
-# ComfyUI takes an SD3's width for 64 times its layers, and a Flux's from FLUX.1 itself.
+# ComfyUI takes an SD3's width for 64 times its layers.
 SD3_CONFIG = {**tiny.SD3_CONFIG, "num_layers": 4}
 SD35_CONFIG = {**tiny.SD35_CONFIG, "num_layers": 4}
-FLUX_CONFIG = {
-    **tiny.FLUX_CONFIG,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "axes_dims_rope": (16, 56, 56),
-}
-FLUX_BYTES = 12e9  # ComfyUI's copy and the ranks' copies, in fp32
-
-
-def _conditioning(config: dict[str, Any], seed: int, **options: Any) -> list[Any]:
-    generator = torch.Generator().manual_seed(seed)
-    context = torch.randn(1, 12, config["joint_attention_dim"], generator=generator)
-    pooled = torch.randn(1, config["pooled_projection_dim"], generator=generator)
-    return [[context, {"pooled_output": pooled, **options}]]
 
 
 def _check(run_node, name: str, config: dict[str, Any], cfg: float, **options: Any) -> None:
@@ -47,8 +32,8 @@ def _check(run_node, name: str, config: dict[str, Any], cfg: float, **options: A
         "sampler_name": "euler",
         "scheduler": "simple",
         "denoise": 1.0,
-        "positive": _conditioning(config, 1, **options),
-        "negative": _conditioning(config, 2, **options),
+        "positive": conditioning_for(config, 1, **options),
+        "negative": conditioning_for(config, 2, **options),
         "latent_image": empty_latent(1, 10, 13),
     }
     (stock,) = run_node("UNETLoader", unet_name=name, weight_dtype="default")
@@ -84,13 +69,3 @@ def test_sd3_as_diffusers_writes_it(run_node, folder, tmp_path):
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_flux_as_released(run_node, folder, flux_file, cfg):
     _check(run_node, flux_file.name, FLUX_CONFIG, cfg=cfg, guidance=2.5)
-
-
-@pytest.fixture(scope="module")
-def flux_file(comfyui) -> Iterator[Path]:
-    """One double and one single block at full width."""
-    tensors = tiny.native_state_dict(Flux(), tiny.build(Flux(), FLUX_CONFIG), FLUX_CONFIG)
-    file = comfyui.models / "diffusion_models" / "flux.safetensors"
-    save_file({name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}, file)
-    yield file
-    file.unlink()  # more than a gigabyte

@@ -13,6 +13,8 @@ from comfy_xdit.errors import InvalidInput
 from worker.checkpoints import Shapes, Source
 from worker.parallel import TokenLayout
 
+PATCH = 2  # latent pixels per side of a token, of every family here
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,8 +46,11 @@ class ModelFamily(ABC):
     """One family: told by its tensors, built as its diffusers class, called as ComfyUI calls it."""
 
     name: str
+    native: str  # a tensor that a file in the original release's naming has, and no other
     layout: TokenLayout
     latent_format: LatentFormat
+    # Which blocks ComfyUI adds each list of ControlNet residuals after.
+    control: dict[str, str]
     # Keyword arguments of ComfyUI's transformer that the family takes; any other is refused.
     conditions: frozenset[str]
 
@@ -61,9 +66,16 @@ class ModelFamily(ABC):
     def build(self, config: dict[str, Any]) -> nn.Module:
         """The diffusers transformer, without weights."""
 
+    def prepare(self, module: nn.Module) -> None:  # noqa: B027 - most families need nothing
+        """Put right on the loaded transformer where diffusers computes otherwise than ComfyUI."""
+
     @abstractmethod
+    def native_mapping(self, config: dict[str, Any]) -> dict[str, Source]:
+        """For every tensor of the diffusers class its source under the original release's names."""
+
     def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
         """For every tensor of the diffusers class its source in the file."""
+        return self.native_mapping(config) if self.native in shapes else {key: Source(key) for key in shapes}
 
     @abstractmethod
     def sampling(self, config: dict[str, Any]) -> Sampling:
@@ -107,6 +119,15 @@ class ModelFamily(ABC):
                 f"text encoders of {self.name} (another model's CLIP does not fit)."
             )
         return value
+
+
+def to_whole_patches(x: torch.Tensor) -> torch.Tensor:
+    """Pad height and width to whole patches, circularly as ComfyUI does."""
+    height, width = x.shape[-2:]
+    down, right = -height % PATCH, -width % PATCH
+    if not (down or right):
+        return x
+    return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")
 
 
 def depth(shapes: Shapes, prefix: str) -> int:

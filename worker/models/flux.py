@@ -6,36 +6,38 @@ Source of the mapping: black-forest-labs/flux model.py and diffusers' transforme
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from worker.checkpoints import Shapes, Source
-from worker.models.base import Call, LatentFormat, ModelFamily, Sampling, depth, rows, swapped, whole
+from worker.models.base import PATCH, Call, LatentFormat, ModelFamily, Sampling, depth, rows, swapped, whole
+from worker.models.flux_hooks import ExactTime
+from worker.models.flux_tokens import packed, reference_tokens, token_ids, unpacked
 from worker.parallel import TokenLayout
 
-PATCH = 2  # latent pixels per side of a token; packed before the transformer
-DEFAULT_GUIDANCE = 3.5  # what ComfyUI gives when the conditioning has none
-NATIVE = "double_blocks.0.img_attn.qkv.weight"
+MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
 
 
 class Flux(ModelFamily):
     name = "flux"
+    native = "double_blocks.0.img_attn.qkv.weight"
     layout = TokenLayout(
         text_first=True, first_block="transformer_blocks.0", last_norm="norm_out", rotary="pos_embed"
     )
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
-    conditions = frozenset({"context", "y", "guidance"})
+    control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}
+    conditions = frozenset({"context", "y", "guidance", "ref_latents", "ref_latents_method"})
 
     def detect(self, shapes: Shapes) -> bool:
-        return NATIVE in shapes or (
+        return self.native in shapes or (
             "single_transformer_blocks.0.proj_mlp.weight" in shapes
             and "time_text_embed.text_embedder.linear_1.weight" in shapes
         )
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        names = _NATIVE if NATIVE in shapes else _DIFFUSERS
+        names = _NATIVE if self.native in shapes else _DIFFUSERS
         hidden, channels = shapes[names["image"]]
         head_dim = shapes[names["norm"]][0]
         out = shapes[names["out"]][0]
@@ -59,9 +61,10 @@ class Flux(ModelFamily):
 
         return FluxTransformer2DModel(**config)
 
-    def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
-        if NATIVE not in shapes:
-            return {key: Source(key) for key in shapes}
+    def prepare(self, module: nn.Module) -> None:
+        ExactTime(module)
+
+    def native_mapping(self, config: dict[str, Any]) -> dict[str, Source]:
         outside = dict(_OUTSIDE_BLOCKS)
         if config["guidance_embeds"]:
             for n, part in ((1, "in_layer"), (2, "out_layer")):
@@ -74,8 +77,7 @@ class Flux(ModelFamily):
         for i in range(config["num_layers"]):
             mapping |= _double_block(i, hidden)
         for i in range(config["num_single_layers"]):
-            fused = shapes[f"single_blocks.{i}.linear1.weight"][0]
-            mapping |= _single_block(i, hidden, fused)
+            mapping |= _single_block(i, hidden)
         return mapping
 
     def sampling(self, config: dict[str, Any]) -> Sampling:
@@ -89,32 +91,32 @@ class Flux(ModelFamily):
     def call(
         self, config: dict[str, Any], x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]
     ) -> Call:
-        batch, channels, height, width = x.shape
-        height, width = height // PATCH, width // PATCH
-        packed = x.view(batch, channels, height, PATCH, width, PATCH).permute(0, 2, 4, 1, 3, 5)
         context = self.tensor(conditions, "context", config["joint_attention_dim"])
         pooled = conditions["y"][..., : config["pooled_projection_dim"]] if "y" in conditions else None
         pooled = self.tensor({"y": pooled}, "y", config["pooled_projection_dim"])
-        ids = x.new_zeros(height, width, 3, dtype=torch.float32)
-        ids[..., 1] = torch.arange(height, device=x.device)[:, None]
-        ids[..., 2] = torch.arange(width, device=x.device)[None, :]
+        references = reference_tokens(
+            conditions.get("ref_latents", ()), conditions.get("ref_latents_method", "offset"), x
+        )
+        tokens = [(packed(x), token_ids(x.shape, x.device)), *references]
+        image = torch.cat([part for part, _ in tokens], 1)
         kwargs = {
-            "hidden_states": packed.reshape(batch, height * width, -1),
+            "hidden_states": image,
             "encoder_hidden_states": context.to(x.dtype),
             "pooled_projections": pooled.to(x.dtype),
             "timestep": timestep,
-            "img_ids": ids.reshape(-1, 3),
+            "img_ids": torch.cat([ids for _, ids in tokens]),
             "txt_ids": x.new_zeros(context.shape[1], 3, dtype=torch.float32),
         }
         if config["guidance_embeds"]:
-            guidance = conditions.get("guidance", DEFAULT_GUIDANCE)
-            kwargs["guidance"] = torch.as_tensor(guidance, device=x.device, dtype=torch.float32).expand(batch)
-        return Call(kwargs, height * width, context.shape[1])
+            # None where a node disabled it; ComfyUI fills in its default itself.
+            guidance = conditions.get("guidance")
+            if guidance is not None:
+                guidance = torch.as_tensor(guidance, device=x.device, dtype=torch.float32).expand(x.shape[0])
+            kwargs["guidance"] = guidance
+        return Call(kwargs, image.shape[1], context.shape[1])
 
     def output(self, config: dict[str, Any], sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        batch, _, height, width = x.shape
-        shape = (batch, height // PATCH, width // PATCH, -1, PATCH, PATCH)
-        return sample.view(shape).permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
+        return unpacked(sample, x.shape)
 
 
 _NATIVE = {
@@ -175,10 +177,10 @@ def _double_block(i: int, hidden: int) -> dict[str, Source]:
     return mapping
 
 
-def _single_block(i: int, hidden: int, fused: int) -> dict[str, Source]:
+def _single_block(i: int, hidden: int) -> dict[str, Source]:
     ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
     targets = tuple(f"{ours}.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
-    mapping = rows(targets, f"{theirs}.linear1", (hidden, hidden, hidden, fused - 3 * hidden))
+    mapping = rows(targets, f"{theirs}.linear1", (hidden, hidden, hidden, MLP_RATIO * hidden))
     mapping |= whole(f"{ours}.norm.linear", f"{theirs}.modulation.lin")
     mapping |= whole(f"{ours}.proj_out", f"{theirs}.linear2")
     for ours_norm, theirs_norm in (("norm_q", "query_norm"), ("norm_k", "key_norm")):

@@ -7,7 +7,7 @@ Source of the mapping: stabilityai/sd3-ref mmdit.py and diffusers' transformer_s
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,18 +21,19 @@ HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a 
 
 class SD3(ModelFamily):
     name = "sd3"
+    native = "joint_blocks.0.context_block.attn.qkv.weight"
     layout = TokenLayout(text_first=False, first_block="transformer_blocks.0", last_norm="norm_out")
     latent_format = LatentFormat(scale_factor=1.5305, shift_factor=0.0609)
+    control: ClassVar = {"output": "transformer_blocks"}
     conditions = frozenset({"context", "y"})
 
     def detect(self, shapes: Shapes) -> bool:
-        return "joint_blocks.0.context_block.attn.qkv.weight" in shapes or (
+        return self.native in shapes or (
             "transformer_blocks.0.attn.add_q_proj.weight" in shapes and "pos_embed.proj.weight" in shapes
         )
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        native = "joint_blocks.0.context_block.attn.qkv.weight" in shapes
-        names = _NATIVE if native else _DIFFUSERS
+        names = _NATIVE if self.native in shapes else _DIFFUSERS
         hidden, channels, patch, _ = shapes[names["patch"]]
         norm = shapes.get(names["norm"])
         head_dim = norm[0] if norm else HEAD_DIM
@@ -60,9 +61,7 @@ class SD3(ModelFamily):
 
         return SD3Transformer2DModel(**config)
 
-    def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
-        if "joint_blocks.0.context_block.attn.qkv.weight" not in shapes:
-            return {key: Source(key) for key in shapes}
+    def native_mapping(self, config: dict[str, Any]) -> dict[str, Source]:
         mapping = {"pos_embed.pos_embed": Source("pos_embed")}
         for target, source in _OUTSIDE_BLOCKS.items():
             mapping |= whole(target, source)

@@ -1,0 +1,90 @@
+"""What ControlNets on the host hand to the transformer.
+
+A stock ControlNet runs where ComfyUI runs it. Its residuals, one per block of the transformer and
+many of them the same tensor, are plain tensors and travel with the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import torch
+from safetensors import safe_open
+
+from comfy_xdit.errors import InvalidInput
+
+# Lists by where a transformer adds them. Which of them a family reads, its file in the ranks says.
+PLACES = ("input", "output")
+# Layers of SD3 whose weights a ControlNet for SD3.5 takes over from the model it is used with.
+EMBEDDERS = ("x_embedder", "y_embedder")
+
+
+def residuals(control: Mapping[str, Any] | None) -> dict[str, list[torch.Tensor | None]] | None:
+    """The residuals of one call by place, or None when there are none.
+
+    Raises:
+        InvalidInput: the control says something else than residuals on image tokens.
+    """
+    if not control:
+        return None
+    found: dict[str, list[torch.Tensor | None]] = {}
+    for place, given in control.items():
+        if not given:
+            continue
+        if place not in PLACES or not isinstance(given, (list, tuple)) or not all(map(_residual, given)):
+            raise InvalidInput(
+                f"a ControlNet gives {place!r} to the transformer, of which the ranks know nothing (they "
+                f"take tensors under {' and '.join(PLACES)}). Remove the ControlNet node, or use the stock "
+                "loader instead of the xDiT one."
+            )
+        found[place] = list(given)
+    return found or None
+
+
+def _residual(value: Any) -> bool:
+    return value is None or isinstance(value, torch.Tensor)
+
+
+def lend_embedders(transformer: torch.nn.Module, files: list[Path]) -> None:
+    """Have the twin's embedders give their weights from the model's files when they are asked.
+
+    A ControlNet for SD3.5 copies them before each run. They are a few megabytes; the other weights
+    stay in the ranks.
+    """
+    if not hasattr(transformer, "joint_blocks"):
+        return
+    for name in EMBEDDERS:
+        embedder = getattr(transformer, name)
+        without_weights = embedder.state_dict
+
+        def state_dict(
+            *args: Any,
+            _name: str = name,
+            _names: tuple[str, ...] = tuple(without_weights()),
+            _stock: Any = without_weights,
+            **kwargs: Any,
+        ) -> dict[str, Any]:
+            if args or kwargs:  # as a part of the whole transformer, which nobody may read
+                return _stock(*args, **kwargs)
+            return {part: _stored(files, f"{_name}.{part}") for part in _names}
+
+        object.__setattr__(embedder, "state_dict", state_dict)
+
+
+def _stored(files: list[Path], name: str) -> torch.Tensor:
+    """The tensor that ComfyUI's SD3 calls `name`, under whatever name it has in the files."""
+    spellings = {name, *(other for ours, other, *_ in comfy.utils.MMDIT_MAP_BASIC if ours == name)}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 - not a dict
+                if any(
+                    key == spelling or key.endswith(f"diffusion_model.{spelling}") for spelling in spellings
+                ):
+                    return stored.get_tensor(key)
+    raise InvalidInput(
+        f"{files[0]} has no tensor {name}, which this ControlNet takes over from the model; "
+        "use a complete file."
+    )

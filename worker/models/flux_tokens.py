@@ -1,0 +1,81 @@
+"""Latents to Flux's tokens and back, and the positions of reference latents (FLUX.1 Kontext).
+
+Positions as ComfyUI gives them: (index, row, column). The picture has index 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from comfy_xdit.errors import InvalidInput
+from worker.models.base import PATCH, to_whole_patches
+
+METHODS = ("offset", "index", "uxo")
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) of whole patches to tokens (B, H/2 * W/2, C * 4)."""
+    batch, channels, height, width = x.shape
+    patches = x.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // PATCH) * (width // PATCH), -1)
+
+
+def unpacked(tokens: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The first tokens as a latent with height and width of `shape`."""
+    batch, rows, columns = shape[0], shape[-2] // PATCH, shape[-1] // PATCH
+    patches = tokens[:, : rows * columns].reshape(batch, rows, columns, -1, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * PATCH, columns * PATCH)
+
+
+def token_ids(
+    shape: Sequence[int], device: torch.device, index: float = 0.0, down: int = 0, right: int = 0
+) -> torch.Tensor:
+    """Positions (tokens, 3) of a latent of `shape`, moved down and right by so many latent pixels."""
+    height, width = (-(-size // PATCH) for size in shape[-2:])
+    ids = torch.zeros(height, width, 3, device=device)
+    ids[..., 0] = index
+    ids[..., 1] = (torch.arange(height, device=device) + -(-down // PATCH))[:, None]
+    ids[..., 2] = (torch.arange(width, device=device) + -(-right // PATCH))[None, :]
+    return ids.reshape(-1, 3)
+
+
+def reference_tokens(
+    latents: Sequence[torch.Tensor], method: str, x: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and positions of reference latents, which follow those of the picture `x`.
+
+    Raises:
+        InvalidInput: a method of another version, or a latent that is none of this model.
+    """
+    if latents and method not in METHODS:
+        raise InvalidInput(
+            f"reference latents by the method {method!r} are not in this version; use one of "
+            f"{', '.join(METHODS)}, or the stock loader instead of the xDiT one."
+        )
+    for latent, (index, down, right) in zip(latents, _places(latents, method, x), strict=True):
+        if latent.ndim != 4 or latent.shape[:2] != x.shape[:2]:
+            raise InvalidInput(
+                f"a reference latent has shape {tuple(latent.shape)}, the picture's is {tuple(x.shape)}: "
+                "batch and channels must be the same; encode the reference with the VAE of this model."
+            )
+        tokens = packed(to_whole_patches(latent.to(x.dtype)))
+        yield tokens, token_ids(latent.shape, x.device, index, down, right)
+
+
+def _places(latents: Sequence[torch.Tensor], method: str, x: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Index, and how far down and right in latent pixels, of each reference."""
+    height = width = 0  # of the references so far
+    for number, latent in enumerate(latents, 1):
+        rows, columns = latent.shape[-2:]
+        if method == "index":
+            yield number, 0, 0
+        elif method == "uxo":  # each below and right of all before it
+            yield 0, x.shape[-2] + height, x.shape[-1] + width
+            height, width = height + rows, width + columns
+        else:  # beside or below those before it, where the whole stays closer to a square
+            beside = rows + height > columns + width
+            down, right = (0, width) if beside else (height, 0)
+            yield 1, down, right
+            height, width = max(height, rows + down), max(width, columns + right)

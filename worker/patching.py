@@ -1,0 +1,141 @@
+"""The patches of a loaded model: what the host has sent, and what the weights have now.
+
+No copy of a patched weight is kept: its base is read from the file again, a memory map.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.messages import Keep, Known, Patch, PatchSet
+from worker.adapters import Tensors, patched
+from worker.checkpoints import Checkpoint, Source
+
+Weights = dict[str, tuple[Patch, ...]]
+COMPUTE_DTYPE = torch.float32
+
+
+class PatchStore:
+    """Sets the host has sent, by name. Their tensors lie in main memory, each once."""
+
+    def __init__(self) -> None:
+        self._sets: dict[str, Weights] = {"": {}}
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def take(self, message: PatchSet) -> None:
+        """Keep what the message brings, and then drop what it names."""
+        if message.weights is not None:
+            self._sets[message.name] = {
+                key: tuple(self._keep(patch) for patch in patches) for key, patches in message.weights.items()
+            }
+        for name in message.forget:
+            self._sets.pop(name, None)
+        if message.forget:
+            used = {t.name for s in self._sets.values() for ps in s.values() for t in _parts(ps)}
+            self._tensors = {name: t for name, t in self._tensors.items() if name in used}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def weights(self, name: str) -> Weights:
+        """The patches of a set by weight; their tensors are `Known`."""
+        return self._sets[name]
+
+    def tensors(self, patch: Patch, device: torch.device) -> Tensors:
+        """The tensors of a patch, to compute with."""
+        return {
+            part: self._tensors[known.name].to(device, COMPUTE_DTYPE) for part, known in patch.tensors.items()
+        }
+
+    def _keep(self, patch: Patch) -> Patch:
+        for tensor in patch.tensors.values():
+            if isinstance(tensor, Keep):
+                self._tensors[tensor.name] = tensor.tensor.cpu()
+        names = {part: Known(tensor.name) for part, tensor in patch.tensors.items()}
+        return Patch(**{**vars(patch), "tensors": names})
+
+
+class PatchedWeights:
+    """A model's weights, where the patches of one set are applied.
+
+    Args:
+        weights: the model's tensors by diffusers name; written in place.
+        native: where each of them is in the original release's naming, which patches use.
+        checkpoint: the file, and `mapping`: where each of them is in it.
+        dtype: what the file's tensors are cast to.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, torch.Tensor],
+        native: dict[str, Source],
+        checkpoint: Checkpoint,
+        mapping: dict[str, Source],
+        dtype: torch.dtype,
+    ):
+        self._weights, self._checkpoint, self._mapping, self._dtype = weights, checkpoint, mapping, dtype
+        self._pieces: dict[str, list[tuple[str, Source]]] = {}
+        for name, source in native.items():
+            self._pieces.setdefault(source.key, []).append((name, source))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[1].start or 0)
+        self._name, self._applied = "", dict[str, tuple[Patch, ...]]()
+
+    def apply(self, name: str, store: PatchStore) -> int:
+        """Have the patches of the set `name`, and no other. Returns how many weights were written.
+
+        Raises:
+            InvalidInput: a patch for a weight the model lacks, or of another shape.
+        """
+        if name == self._name:
+            return 0
+        wanted = store.weights(name)
+        unknown = sorted(wanted.keys() - self._pieces.keys())
+        if unknown:
+            raise InvalidInput(
+                f"a patch is for {unknown[0]}, which this model lacks; "
+                "choose a LoRA file made for this model."
+            )
+        changed = [key for key in {**self._applied, **wanted} if wanted.get(key) != self._applied.get(key)]
+        self._name = None  # in between, and after an error, it is no set
+        for key, base in self._read(changed):
+            self._write(key, base, wanted.get(key, ()), store)
+            self._applied.pop(key, None)
+            if key in wanted:
+                self._applied[key] = wanted[key]
+        self._name = name
+        return len(changed)
+
+    def _read(self, keys: list[str]):
+        """The base of each weight as the pieces the model has, from the file."""
+        owner = {name: key for key in keys for name, _ in self._pieces[key]}
+        wanted = {name: self._mapping[name] for name in owner}
+        stream = self._checkpoint.stream(wanted, self._dtype)
+        for key, pieces in groupby(stream, key=lambda piece: owner[piece[0]]):
+            yield key, dict(pieces)
+
+    def _write(
+        self, key: str, base: dict[str, torch.Tensor], patches: tuple[Patch, ...], store: PatchStore
+    ) -> None:
+        pieces = self._pieces[key]
+        if patches:
+            device = self._weights[pieces[0][0]].device
+            whole = torch.cat([_swapped(base[name], source) for name, source in pieces])
+            whole = whole.to(device, COMPUTE_DTYPE)  # a copy already, so that it may be written to
+            whole = patched(key, whole, patches, lambda patch: store.tensors(patch, device))
+            base = {name: _swapped(whole[source.start : source.stop], source) for name, source in pieces}
+        for name, tensor in base.items():
+            self._weights[name].copy_(tensor)
+
+
+def _swapped(tensor: torch.Tensor, source: Source) -> torch.Tensor:
+    return torch.cat(tensor.chunk(2)[::-1]) if source.swap else tensor
+
+
+def _parts(patches: tuple[Patch, ...]) -> list[Known]:
+    return [known for patch in patches for known in patch.tensors.values()]
