@@ -62,6 +62,7 @@ def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConf
 
 def loaded(remote: Remote, here: ModuleType) -> Remote:
     """The handle, once its spec is in the ranks: a bad file is an error of the loader node."""
+    here.begin()
     try:
         remote.load(interrupted=here.interrupted)
     except Interrupted:
@@ -118,6 +119,13 @@ def decode(samples: dict[str, Any], vae: Any, tiling: str) -> Any:
     if tiling != "none":
         raise InvalidInput(f"tiling {tiling!r} is not in this version; choose 'none'.")
     return vae.decode(samples["samples"])
+
+
+def status() -> str:
+    """What runs in the ranks, in words."""
+    from comfy_xdit.status import report
+
+    return report(surroundings().self_check())
 
 
 # ---------------------------------------------------------------------- the node classes
@@ -288,6 +296,44 @@ class XDiTVAEDecode:
         return (decode(samples, vae, tiling),)
 
 
+class _Anything(str):
+    """A socket type that every link fits: ComfyUI and the headless runner ask by `!=`."""
+
+    def __ne__(self, _other: object) -> bool:
+        return False
+
+    __hash__ = str.__hash__
+
+
+class XDiTStatus:
+    """What runs in the ranks."""
+
+    TITLE = "xDiT Status"
+    DESCRIPTION = (
+        "Says what the ranks run on and hold, how long their last work took, and the bridge's bytes."
+    )
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    FUNCTION = "report"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Nothing that is needed."""
+        after = {"tooltip": "Anything: the report is made when it is there, e.g. after a sampler."}
+        return {"required": {}, "optional": {"after": (_Anything("*"), after)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        """Never the same twice."""
+        return float("nan")
+
+    def report(self, after: Any = None) -> dict[str, Any]:
+        """Ask the ranks; the report is shown on the node's output and in the run's history."""
+        text = status()
+        return {"ui": {"text": [text]}, "result": (text,)}
+
+
 # ---------------------------------------------------------------------- what ComfyUI sees
 
 
@@ -313,7 +359,7 @@ def unavailable(node: type, missing: list[str]) -> type:
     return type(node.__name__, (node,), {"INPUT_TYPES": inputs, node.FUNCTION: explain})
 
 
-NODES = (XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTSampler, XDiTVAEDecode)
+NODES = (XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTSampler, XDiTVAEDecode, XDiTStatus)
 for _node in NODES:
     _node.CATEGORY = "xDiT"
 

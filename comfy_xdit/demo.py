@@ -12,13 +12,14 @@ from PIL import Image
 
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import InvalidInput
-from comfy_xdit.group import WorkerGroup, running_groups
+from comfy_xdit.group import WorkerGroup, worker_group
 from comfy_xdit.parallel import ParallelConfig, available_devices
 from comfy_xdit.workflow import run_file
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 PROMPT = "a large yellow circle on the left on a purple background"
 LAYOUT, TEXT, SAMPLER = "1", "6", "3"  # nodes of the workflow
+KIB = 1 << 10
 ENLARGED = 3  # the demo model draws 128 pixels
 
 
@@ -75,8 +76,7 @@ def _draw(prompt: str, seed: int, devices: tuple[str, ...], folder: Path) -> Dra
     finished = run_file(WORKFLOW, tuple(f"{k}={v}" for k, v in settings.items()), folder)
     with Image.open(finished.files[0]) as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    (group,) = running_groups()
-    return Drawn(finished.files[0], pixels, finished.outputs[SAMPLER][0]["samples"], group)
+    return Drawn(finished.files[0], pixels, finished.outputs[SAMPLER][0]["samples"], worker_group(layout))
 
 
 def _report(drawn: Drawn) -> None:
@@ -85,7 +85,8 @@ def _report(drawn: Drawn) -> None:
     print(
         f"{group.parallel.describe()} on {', '.join(group.parallel.devices)}: "
         f"{steps / timing.rank:.1f} steps/s, start-up {group.start_seconds:.1f} s, "
-        f"bridge {1000 * timing.bridge / steps:.2f} ms per step"
+        f"bridge {1000 * timing.bridge / steps:.2f} ms per step, "
+        f"{timing.sent / KIB:.0f} KiB sent and {timing.received / KIB:.0f} KiB received in the whole run"
     )
 
 

@@ -18,8 +18,10 @@ from typing import IO, Any
 
 from comfy_xdit.environment import ROOT, rank_environment
 from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
-from comfy_xdit.messages import Cancelled, Failure, Progress, Result, Stop
+from comfy_xdit.holders import Holders
+from comfy_xdit.messages import Cancelled, Failure, Forget, Progress, Result, Stop
 from comfy_xdit.parallel import DEGREES, ParallelConfig, available_devices
+from comfy_xdit.replies import agree, is_consequence
 from comfy_xdit.rpc import Event, Host
 
 START_SECONDS = 180.0
@@ -31,16 +33,19 @@ LIFE_SECONDS = 1.0  # how often heartbeats are looked at while nothing else happ
 POLL_SECONDS = 0.05  # how often the host's interrupt flag, which cannot be waited on, is looked at
 LOG_TAIL_BYTES = 3000
 _generations = itertools.count(1)
-# What a rank says when another one went away: the consequence, never the cause.
-_CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "socket")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: as the host waited, and as the slowest rank worked."""
+    """Seconds of one call: as the host waited, and as the slowest rank worked.
+
+    `sent` and `received` are the bytes that crossed the bridge, seen from the host.
+    """
 
     host: float
     rank: float
+    sent: int = 0
+    received: int = 0
 
     @property
     def bridge(self) -> float:
@@ -62,7 +67,7 @@ class WorkerGroup:
         self.start_seconds = 0.0
         self.generation = 0
         self._lock = threading.Lock()
-        self._job = 0
+        self._job = self._received = 0
         self._bridge: Host | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._logs: list[IO[bytes]] = []
@@ -87,7 +92,7 @@ class WorkerGroup:
 
         Args:
             message: a word of messages.py, or a function that makes it of the group's generation
-                (a number that grows with every start: new processes remember nothing).
+                (a number that grows when the ranks remember nothing: with every start, for one).
             on_progress: gets every Progress of the ranks.
             interrupted: asked about 20 times a second whether the person wants to stop.
             timeout: seconds without any sign of life from a rank after which it counts as dead.
@@ -98,30 +103,16 @@ class WorkerGroup:
             WorkerDied: a rank ended, or gave no sign of life for `timeout` seconds.
             Interrupted: `interrupted` returned True and the ranks stopped at a step boundary.
         """
-        ranks = list(range(self.parallel.world_size) if ranks is None else ranks)
         with self._lock:
             self._ensure_started(interrupted)
-            self._job += 1
-            if callable(message):
-                message = message(self.generation)
-            began = time.perf_counter()
-            try:
-                self._bridge.send(ranks, self._job, message)
-            except RuntimeError as error:  # the store; a bad message raises before anything is sent
-                self._kill()
-                raise WorkerDied(f"the bridge to the ranks failed: {error}") from error
-            try:
-                replies = self._collect(self._job, ranks, on_progress, interrupted, timeout)
-            except WorkerDied:
-                self._kill()
-                raise
-            except BaseException:
-                self._settle(self._job, ranks)
-                raise
-            answer = self._verdict(ranks, replies)
-            worked = max(reply.seconds for reply in replies.values())
-            self.timings[type(message).__name__] = Timing(time.perf_counter() - began, worked)
-            return answer
+            return self._exchange(message, ranks, on_progress, interrupted, timeout)
+
+    def tell(self, message: Any, *, ranks: Sequence[int] | None = None) -> Result | None:
+        """As `call`, of a group that runs; None, and nothing is started, of one that does not."""
+        with self._lock:
+            if self._bridge is None or any(_has_ended(p.pid) for p in self._processes):
+                return None
+            return self._exchange(message, ranks)
 
     def close(self) -> None:
         """Stop the ranks: asked first, killed if they do not go."""
@@ -198,6 +189,40 @@ class WorkerGroup:
 
     # ------------------------------------------------------------------ one call
 
+    def _exchange(
+        self,
+        message: Any,
+        ranks: Sequence[int] | None,
+        on_progress: Callable[[Progress], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
+        timeout: float = CALL_SECONDS,
+    ) -> Result:
+        """Send, collect and judge; the group runs and its lock is held."""
+        ranks = list(range(self.parallel.world_size) if ranks is None else ranks)
+        self._job, self._received = self._job + 1, 0
+        if callable(message):
+            message = message(self.generation)
+        if isinstance(message, Forget) and message.specs is None:
+            self.generation = next(_generations)  # from here on they are as new
+        began = time.perf_counter()
+        try:
+            sent = self._bridge.send(ranks, self._job, message)
+        except RuntimeError as error:  # the store; a bad message raises before anything is sent
+            self._kill()
+            raise WorkerDied(f"the bridge to the ranks failed: {error}") from error
+        try:
+            replies = self._collect(self._job, ranks, on_progress, interrupted, timeout)
+        except WorkerDied:
+            self._kill()
+            raise
+        except BaseException:
+            self._settle(self._job, ranks)
+            raise
+        answer = self._verdict(ranks, replies)
+        host, worked = time.perf_counter() - began, max(reply.seconds for reply in replies.values())
+        self.timings[type(message).__name__] = Timing(host, worked, sent, self._received)
+        return answer
+
     def _collect(
         self,
         job: int,
@@ -224,6 +249,7 @@ class WorkerGroup:
                 self._check_heartbeats()
             if event is None or event.job != job:
                 continue
+            self._received += event.nbytes
             if isinstance(event.message, Progress):
                 deadline = deadline if failed else time.monotonic() + timeout
                 if on_progress is not None:
@@ -262,18 +288,18 @@ class WorkerGroup:
         except (WorkerDied, RuntimeError):
             self._kill()
             return
-        if not _agree(replies, ranks):
+        if not agree(replies, ranks):
             self._kill()
 
     def _verdict(self, ranks: list[int], replies: dict[int, Any]) -> Any:
         """The answer, or the exception that the replies amount to."""
-        agreed = _agree(replies, ranks)
+        agreed = agree(replies, ranks)
         failures = {rank: m for rank, m in replies.items() if isinstance(m, Failure)}
         tails = "" if agreed else self._tails()
         if not agreed:
             self._kill()  # the ranks are no longer in step: only new processes are trustworthy
         if failures:
-            rank, failure = min(failures.items(), key=lambda item: _is_consequence(item[1]))
+            rank, failure = min(failures.items(), key=lambda item: is_consequence(item[1]))
             if failure.invalid and agreed:
                 raise InvalidInput(failure.message)
             raise RemoteError(rank, failure.kind, failure.message, failure.traceback)
@@ -333,39 +359,36 @@ def _raising(interrupted: Callable[[], bool] | None) -> Callable[[], bool] | Non
     return check if interrupted is not None else None
 
 
-def _agree(replies: dict[int, Any], ranks: list[int]) -> bool:
-    """True when every rank answered and all answers are of one kind, at one step."""
-    if len(replies) < len(ranks):
-        return False
-    kinds = {
-        (type(m), m.kind) if isinstance(m, Failure) else (type(m), getattr(m, "step", None))
-        for m in replies.values()
-    }
-    return len(kinds) == 1
-
-
-def _is_consequence(failure: Failure) -> bool:
-    return any(word in failure.message.lower() for word in _CONSEQUENCES)
-
-
 _groups: dict[ParallelConfig, WorkerGroup] = {}
 _groups_lock = threading.Lock()
 
 
 def worker_group(parallel: ParallelConfig) -> WorkerGroup:
-    """The group of this layout; any group of another layout is closed, so that its memory is free."""
+    """The group of this layout.
+
+    Another one is closed first if it would share a GPU with it, whose memory two groups would fill,
+    or if nobody holds a model in it any more.
+    """
     parallel = parallel.check(available_devices())
     with _groups_lock:
         for other in [key for key in _groups if key != parallel]:
-            _groups.pop(other).close()
+            if _share_a_gpu(other, parallel) or not holders.is_held(other):
+                _groups.pop(other).close()
         if parallel not in _groups:
             _groups[parallel] = WorkerGroup(parallel)
         return _groups[parallel]
 
 
+def _share_a_gpu(one: ParallelConfig, other: ParallelConfig) -> bool:
+    return any(device != "cpu" for device in set(one.devices) & set(other.devices))
+
+
 def running_groups() -> list[WorkerGroup]:
     """Every group of this process that has been asked for and not closed."""
     return list(_groups.values())
+
+
+holders = Holders(running_groups)
 
 
 @atexit.register

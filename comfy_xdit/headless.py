@@ -37,6 +37,15 @@ _stop_asked = False  # a plain flag: a signal handler must take no lock
 # ---------------------------------------------------------------------- the graph's types
 
 
+def begin() -> None:
+    """Prepare for a model: there is nothing to prepare without ComfyUI."""
+
+
+def self_check() -> tuple[str, ...]:
+    """What has changed in ComfyUI: nothing where there is none."""
+    return ()
+
+
 def model_of(remote: RemoteModel) -> RemoteModel:
     """MODEL: the handle itself."""
     return remote

@@ -151,6 +151,19 @@ class Encode:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """Let go of the models `specs` and of the tensors `names`, or of everything. Answer: None."""
+
+    specs: tuple[ModelSpec, ...] | None = None
+    names: tuple[int | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Status:
+    """Answer: a dict that says what this rank holds and how much memory it has."""
+
+
+@dataclass(frozen=True)
 class Stop:
     """End the rank."""
 
@@ -203,7 +216,7 @@ WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
         Load, Check, Denoise, Keep, Known, Patch, PatchSet, Sample, EncodeText, Decode, Encode, Stop,
-        Ready, Progress, Result, Failure, Cancelled, ModelSpec, ParallelConfig,
+        Forget, Status, Ready, Progress, Result, Failure, Cancelled, ModelSpec, ParallelConfig,
     )
 }  # fmt: skip
 

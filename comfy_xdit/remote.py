@@ -7,6 +7,7 @@ layout. Every message carries the spec, so a group that was restarted loads agai
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.errors import Interrupted
-from comfy_xdit.group import running_groups, worker_group
+from comfy_xdit.group import holders, running_groups, worker_group
 from comfy_xdit.messages import (
     NO_PATCHES,
     Check,
@@ -39,8 +40,8 @@ Interrupt = Callable[[], bool]
 REMEMBERED_BYTES = 4096
 REMEMBERED_TENSORS = 16
 _names = itertools.count(1)
-# Of all handles: the ranks of one generation hold one store of patch sets, named by content.
-_sent_patches = SentPatches()
+# Of all handles of a layout: its ranks hold one store of patch sets, named by content.
+_sent_patches: defaultdict[ParallelConfig, SentPatches] = defaultdict(SentPatches)
 
 
 class SentTensors:
@@ -65,6 +66,10 @@ class SentTensors:
             self._forget.append(oldest)
         forgotten, self._forget = tuple(self._forget), []
         return forgotten
+
+    def names(self) -> tuple[int | str, ...]:
+        """Every name the ranks may hold a tensor under."""
+        return (*self._held, *self._forget)
 
     def reset(self) -> None:
         """After a failed call nobody knows what arrived: send everything anew."""
@@ -96,12 +101,14 @@ class SentTensors:
 
 @dataclass
 class Remote:
-    """What all handles share."""
+    """What all handles share. A model stays in the ranks while it has a handle, and a while longer."""
 
     spec: ModelSpec
     parallel: ParallelConfig
     info: dict[str, Any] = field(default_factory=dict)
     ranks = None  # all of them
+    sent = None
+    _is_held = False
 
     def load(self, interrupted: Interrupt | None = None) -> dict[str, Any]:
         """Have the spec loaded; fills and returns `info` (`describe` of what the ranks loaded).
@@ -117,7 +124,11 @@ class Remote:
         return self.info
 
     def _call(self, message: Any, **options: Any) -> Result:
-        return worker_group(self.parallel).call(message, ranks=self.ranks, **options)
+        group = worker_group(self.parallel)
+        if not self._is_held:
+            holders.hold(self, group.parallel, self.spec, self.sent)
+            self._is_held = True
+        return group.call(message, ranks=self.ranks, **options)
 
 
 @dataclass
@@ -149,7 +160,7 @@ class RemoteModel(Remote):
 
         def message(generation: int) -> Denoise:
             referred = self.sent.refer(conditions, generation)
-            patches = _sent_patches.refer(self.patches, generation)
+            patches = _sent_patches[self.parallel].refer(self.patches, generation)
             forget = self.sent.take_forgotten()
             return Denoise(self.spec, x, timestep, referred, forget, control, patches)
 
@@ -157,7 +168,7 @@ class RemoteModel(Remote):
             return self._call(message, interrupted=interrupted).value
         except BaseException:
             self.sent.reset()
-            _sent_patches.reset()
+            _sent_patches[self.parallel].reset()
             raise
 
     def sample(
@@ -169,14 +180,14 @@ class RemoteModel(Remote):
         """A whole sampling loop in the ranks; returns the last latent, scaled, on CPU."""
 
         def message(generation: int) -> Sample:
-            return replace(request, patches=_sent_patches.refer(request.patches, generation))
+            return replace(request, patches=_sent_patches[self.parallel].refer(request.patches, generation))
 
         try:
             return self._call(message, on_progress=on_progress, interrupted=interrupted).value
         except Interrupted:  # at a step boundary: everything had arrived
             raise
         except BaseException:
-            _sent_patches.reset()
+            _sent_patches[self.parallel].reset()
             raise
 
 

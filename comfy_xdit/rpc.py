@@ -102,11 +102,15 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened: a rank's message, its end, or `fault` when the bridge itself failed."""
+    """Something happened: a rank's message, its end, or `fault` when the bridge itself failed.
+
+    `nbytes` is what crossed the bridge for it.
+    """
 
     rank: int
     job: int = -1
     message: Any = None
+    nbytes: int = 0
     exit_code: int | None = None
     fault: BaseException | None = None
 
@@ -139,8 +143,12 @@ class Host:
             self._outbound.descriptor, self._inbound[rank].descriptor, self._host_pid, self._degrees,
         )  # fmt: skip
 
-    def send(self, ranks: list[int], job: int, message: Any) -> None:
-        """Give `message` to every rank of `ranks`; its tensors are written once."""
+    def send(self, ranks: list[int], job: int, message: Any) -> int:
+        """Give `message` to every rank of `ranks`; its tensors are written once.
+
+        Returns:
+            The bytes that were written: tensors once, the head for every rank.
+        """
         flat = flatten(message)
         head = {"job": job, "body": flat.head, "tensors": self._outbound.write(flat.tensors)}
         routes = [f"commands/{rank}" for rank in ranks]
@@ -149,6 +157,7 @@ class Host:
         for route, envelope in zip(routes, sealed, strict=True):
             self._sequence.take(route)
             self._store.queue_push(route, envelope)
+        return sum(tensor.nbytes for tensor in flat.tensors) + sum(map(len, sealed))
 
     def wait(self, seconds: float) -> Event | None:
         """The next event, or None when none came within `seconds`."""
@@ -184,7 +193,8 @@ class Host:
                 rank = head["rank"]
                 tensors = self._inbound[rank].read(head["tensors"])
                 self._inbound[rank].acknowledged = head["sequence"] + 1
-                self.inbox.put(Event(rank, head["job"], rebuild(head["body"], tensors)))
+                crossed = len(sealed) + sum(tensor.nbytes for tensor in tensors)
+                self.inbox.put(Event(rank, head["job"], rebuild(head["body"], tensors), crossed))
         except (WorkerDied, RuntimeError, ValueError, KeyError) as fault:
             self.inbox.put(Event(-1, fault=fault))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class Checkpoint:
             raise InvalidInput(f"no .safetensors file in {path}{hint}")
         plain = [f for f in files if ".fp16." not in f.name and ".bf16." not in f.name]
         return cls(plain or files)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the files hold."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def tensors(self, mapping: dict[str, Source], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Read every mapped tensor as `dtype`, on CPU. Slices are read, not whole tensors."""

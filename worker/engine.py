@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections import OrderedDict
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -12,20 +11,31 @@ from typing import Any
 import torch
 
 from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Check, Decode, Denoise, Encode, EncodeText, Keep, Known, Load, Sample
+from comfy_xdit.messages import (
+    Check,
+    Decode,
+    Denoise,
+    Encode,
+    EncodeText,
+    Forget,
+    Keep,
+    Known,
+    Load,
+    Sample,
+    Status,
+)
 from comfy_xdit.spec import ModelSpec
 from worker.batch import Batch
 from worker.loop import Run
 from worker.parallel import Degrees, RankGroups
 from worker.patching import PatchStore
 from worker.sampling import sample
+from worker.store import ModelStore
 from worker.text import TextEncoders
 from worker.transformer import Transformer
 from worker.vae import VAE
 
 Loaded = Transformer | TextEncoders | VAE
-# One of each kind stays; switching between two graphs reloads from the page cache.
-KEPT_PER_KIND = 1
 
 
 class Engine:
@@ -33,7 +43,9 @@ class Engine:
 
     def __init__(self, groups: RankGroups):
         self._groups = groups
-        self._loaded: OrderedDict[ModelSpec, Loaded] = OrderedDict()
+        self._models = ModelStore(
+            groups.device, groups.world_size, lambda spec: self._open(spec, groups.degrees)
+        )
         self._tensors: dict[int | str, torch.Tensor] = {}
         self._patches = PatchStore()
 
@@ -47,6 +59,8 @@ class Engine:
             EncodeText: self.encode_text,
             Decode: self.decode,
             Encode: self.encode,
+            Forget: self.forget,
+            Status: self.status,
         }
 
     def report(self) -> dict[str, Any]:
@@ -103,22 +117,25 @@ class Engine:
         """Pictures to latents in this rank."""
         return self._require(message.spec).encode(message.pixels)
 
-    def _require(self, spec: ModelSpec) -> Loaded:
-        """The loaded model of this spec.
+    def forget(self, message: Forget, _run: Run) -> None:
+        """Let go of models, and of tensors that travelled before; or of everything."""
+        for name in message.names:
+            self._tensors.pop(name, None)
+        if message.specs is None:
+            self._tensors, self._patches = {}, PatchStore()
+        self._models.drop(message.specs)
 
-        A file is checked before the model it replaces is let go, and read after: a bad file costs
-        nothing that is loaded, and two models are never in memory at once.
-        """
-        if spec not in self._loaded:
-            model = self._open(spec, self._groups.degrees)
-            same_kind = [s for s in self._loaded if s.kind == spec.kind]
-            for old in same_kind[: len(same_kind) + 1 - KEPT_PER_KIND]:
-                del self._loaded[old]
-            if self._groups.device.type == "cuda":
-                torch.cuda.empty_cache()
-            model.load()
-            self._loaded[spec] = model
-        return self._loaded[spec]
+    def status(self, _message: Status, _run: Run) -> dict[str, Any]:
+        """What this rank holds and how much memory it has."""
+        kept = {
+            "tensors": sum(tensor.nbytes for tensor in self._tensors.values()),
+            "patches": self._patches.nbytes,
+        }
+        return self.report() | self._models.report() | kept | _memory(self._groups.device)
+
+    def _require(self, spec: ModelSpec) -> Loaded:
+        """The loaded model of this spec."""
+        return self._models.require(spec)
 
     def _open(self, spec: ModelSpec, degrees: Degrees) -> Loaded:
         if spec.kind == "transformer":
@@ -141,3 +158,13 @@ class Engine:
         if isinstance(value, (list, tuple)):
             return type(value)(self._resolve(v) for v in value)
         return value
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    """Bytes: of this process in the machine's memory, and of this process and in all on its GPU."""
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        resident = int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if device.type != "cuda":
+        return {"resident": resident}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"resident": resident, "gpu": torch.cuda.memory_reserved(device), "free": free, "total": total}

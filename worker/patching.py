@@ -37,6 +37,11 @@ class PatchStore:
             used = {t.name for s in self._sets.values() for ps in s.values() for t in _parts(ps)}
             self._tensors = {name: t for name, t in self._tensors.items() if name in used}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
     def weights(self, name: str) -> Weights:
         """The patches of a set by weight; their tensors are `Known`."""
         return self._sets[name]

@@ -53,6 +53,7 @@ class TextEncoders:
         }
         config = read_json(root / "transformer" / "config.json")  # where the context's width stands
         self._width: int = config["joint_attention_dim"]
+        self.nbytes = sum(encoder.nbytes for encoder in self._encoders.values())
 
     def load(self) -> None:
         """Read the weights, as fp32."""
@@ -92,7 +93,8 @@ class Encoder:
 
     def __init__(self, root: Path, suffix: str, name: str, t5_least: int, device: torch.device):
         self._folder, self._tokenizer_folder = root / f"text_encoder{suffix}", root / f"tokenizer{suffix}"
-        Checkpoint.at(self._folder)  # names a damaged or pickled file before transformers trips over it
+        # Names a damaged or pickled file before transformers trips over it.
+        self.nbytes = Checkpoint.at(self._folder).elements * torch.float32.itemsize
         self._architecture = read_json(self._folder / "config.json")["architectures"][0]
         self._device, self._is_t5, self._t5_least = device, name == "t5xxl", t5_least
 

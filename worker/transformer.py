@@ -44,6 +44,11 @@ class Transformer:
             self.module = self.family.build(self.config)
         _check_complete(self.module, self._mapping, checkpoint, spec.path)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights once they are read."""
+        return sum(p.numel() for p in self.module.parameters()) * self.dtype.itemsize
+
     def load(self) -> None:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)

@@ -23,7 +23,8 @@ class VAE:
             raise InvalidInput(
                 f"{folder} holds a {config.get('_class_name')}; this version decodes AutoencoderKL."
             )
-        Checkpoint.at(folder)  # names a damaged or pickled file before diffusers trips over it
+        # Names a damaged or pickled file before diffusers trips over it.
+        self.nbytes = Checkpoint.at(folder).elements * torch.float32.itemsize
         self._folder, self._device = folder, device
 
     def load(self) -> None:

@@ -1,11 +1,12 @@
 """The MODEL, CLIP and VAE that ComfyUI sees. The only place of the host side that imports ComfyUI.
 
 `comfy_xdit.headless` offers the same functions for running without ComfyUI, and nodes.py uses
-whichever surroundings it finds. The shared names: model_of, clip_of, vae_of, remote_of,
+whichever surroundings it finds. The shared names: begin, self_check, model_of, clip_of, vae_of, remote_of,
 sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
 diffusion_models, diffusion_model_path, pipelines, pipeline_path.
 """
 
+from comfy_xdit.comfy_types.beginning import begin, self_check
 from comfy_xdit.comfy_types.clip import clip_of
 from comfy_xdit.comfy_types.files import (
     diffusion_model_path,
@@ -19,6 +20,7 @@ from comfy_xdit.comfy_types.sampling import progress, sample_request, samplers, 
 from comfy_xdit.comfy_types.vae import vae_of
 
 __all__ = [
+    "begin",
     "clip_of",
     "diffusion_model_path",
     "diffusion_models",
@@ -32,5 +34,6 @@ __all__ = [
     "sample_request",
     "samplers",
     "schedulers",
+    "self_check",
     "vae_of",
 ]

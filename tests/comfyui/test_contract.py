@@ -1,19 +1,27 @@
 """Has this ComfyUI changed anything that comfy_types relies on? Each failure is a sentence."""
 
-from collections.abc import Callable
+import logging
 
 import pytest
 
-from tests.comfyui import contract
 from tests.comfyui.inputs import layout
 
 
-@pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
-def test_comfyui_is_as_known(comfyui, check: Callable[[], list[str]]):
-    assert not check()
+@pytest.fixture
+def contract(comfyui):
+    """The module; it can be imported only where ComfyUI is."""
+    from comfy_xdit.comfy_types import contract
+
+    contract.findings.cache_clear()
+    yield contract
+    contract.findings.cache_clear()
 
 
-def test_twin_has_every_name_and_shape_and_no_weight(comfyui, run_node, tiny_sd3):
+def test_comfyui_is_as_known(contract):
+    assert contract.findings() == ()
+
+
+def test_twin_has_every_name_and_shape_and_no_weight(contract, run_node, tiny_sd3):
     (stock,) = run_node("UNETLoader", unet_name=tiny_sd3, weight_dtype="default")
     (model,) = run_node(
         "XDiTLoadDiffusionModel", unet_name=tiny_sd3, weight_dtype="default", parallel=layout(1)
@@ -22,3 +30,22 @@ def test_twin_has_every_name_and_shape_and_no_weight(comfyui, run_node, tiny_sd3
     assert not contract.twin(model, stock)
     assert model.model_size() < 1024
     assert model.model.memory_required([2, 16, 128, 128]) == 0
+
+
+def test_what_has_changed_is_logged_once_and_stands_in_the_report(contract, run_node, monkeypatch, caplog):
+    from comfy_xdit.comfy_types import beginning
+
+    def gone() -> list[str]:
+        raise AttributeError("no _apply_model")
+
+    monkeypatch.setattr(contract, "CHECKS", (lambda: ["KSampler.steps is gone."], gone))
+    beginning._say_what_has_changed.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        beginning.begin()
+        beginning.begin()
+    beginning._say_what_has_changed.cache_clear()
+
+    told = [record.getMessage() for record in caplog.records]
+    assert [t for t in told if "KSampler.steps is gone." in t] == told[:1]
+    assert "gone could not be checked (AttributeError: no _apply_model)." in told[1]
+    assert "KSampler.steps is gone." in run_node("XDiTStatus")["result"][0]

@@ -15,6 +15,7 @@ NODES = {
     "XDiTLoadDiffusionModel": ("MODEL",),
     "XDiTSampler": ("LATENT",),
     "XDiTVAEDecode": ("IMAGE",),
+    "XDiTStatus": ("STRING",),
 }
 
 

@@ -10,7 +10,6 @@ import torch
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import RemoteModel
 from comfy_xdit.spec import ModelSpec
-from tests.comfyui import contract
 from tests.comfyui.inputs import empty_latent, layout
 
 FLUX = {
@@ -68,13 +67,14 @@ def flux_file(comfyui, tmp_path_factory) -> Path:
 
 def test_flux_twin(flux_file):
     from comfy_xdit.comfy_types import model_of
+    from comfy_xdit.comfy_types.contract import twin
 
     model = model_of(_remote(flux_file))
 
     assert type(model.model).__name__ == "Flux"
     assert model.model_dtype() == torch.bfloat16
     assert model.model_size() == 1
-    assert not contract.twin(model, model)
+    assert not twin(model, model)
     assert sum(p.numel() for p in model.model.diffusion_model.parameters()) > 11e9
 
 
@@ -104,6 +104,7 @@ def test_diffusers_folder_in_shards_has_the_same_twin(flux_file, tmp_path):
     from diffusers import FluxTransformer2DModel
 
     from comfy_xdit.comfy_types import model_of
+    from comfy_xdit.comfy_types.contract import twin
 
     with init_empty_weights():
         tensors = FluxTransformer2DModel(guidance_embeds=True).state_dict()
@@ -116,7 +117,7 @@ def test_diffusers_folder_in_shards_has_the_same_twin(flux_file, tmp_path):
             {name: tensors[name] for name in part},
         )
 
-    assert not contract.twin(model_of(_remote(tmp_path)), model_of(_remote(flux_file)))
+    assert not twin(model_of(_remote(tmp_path)), model_of(_remote(flux_file)))
 
 
 def test_flux_request_carries_guidance_and_sigma_as_timestep(flux_file):

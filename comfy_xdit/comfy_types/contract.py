@@ -1,13 +1,16 @@
 """What comfy_xdit.comfy_types relies on in ComfyUI. Every finding is one sentence.
 
-Each check returns the sentences for what has changed, none if all is as known.
+Each check returns the sentences for what has changed, none if all is as known. They run at the
+first model of a process, in XDiTStatus, and in the tests of every ComfyUI version.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,6 +106,7 @@ SIGNATURES = [
         ["state_dict, unet_key_prefix, use_base_if_no_match=False, metadata=None"],
         "finds the family",
     ),
+    ("model_management", "unload_all_models", [""], "releases the ranks' models"),
 ]
 TOUCHES_WEIGHTS = re.compile(
     r"self\.model\.to\(|patch_weight_to_device\(|_load_list\(|copy_to_param\(|set_attr_param\(|"
@@ -135,6 +139,7 @@ def owners() -> dict[str, Any]:
     """ComfyUI's classes and modules by the names used above."""
     import comfy.model_base
     import comfy.model_detection
+    import comfy.model_management
     import comfy.model_patcher
     import comfy.sample
     import comfy.sampler_helpers
@@ -153,6 +158,7 @@ def owners() -> dict[str, Any]:
         "sample": comfy.sample,
         "sampler_helpers": comfy.sampler_helpers,
         "model_detection": comfy.model_detection,
+        "model_management": comfy.model_management,
     }
 
 
@@ -274,6 +280,19 @@ def adapters() -> list[str]:
 
 
 CHECKS = (signatures, weights_are_left_alone, transformer_call, host_options, clip, adapters)
+
+
+@functools.cache
+def findings() -> tuple[str, ...]:
+    """The sentences of all checks; a check that cannot be made is one as well."""
+    return tuple(sentence for check in CHECKS for sentence in _outcome(check))
+
+
+def _outcome(check: Callable[[], list[str]]) -> list[str]:
+    try:
+        return check()
+    except (AttributeError, ImportError, KeyError, OSError, TypeError) as error:
+        return [f"{check.__name__} could not be checked ({type(error).__name__}: {error})."]
 
 
 def _is_meta(name: str, tensor: torch.Tensor) -> bool:
