@@ -3,13 +3,14 @@
 A stock sampler calls the transformer once per step and does the rest on the host (`denoise`);
 XDiTSampler has the whole loop in the ranks (`sample`). Both take turns in one run, on a real
 transformer: an echo could not run the loop. It is as small as it can be (one layer, two heads of
-width 8), so that the difference is not lost in the noise of its own time. The latent is 16 x 64 x 128 in fp32,
-512 KiB; the prompt has the 154 x 4096 numbers of SD3, which the host compares in every step.
+width 8), so that the difference is not lost in the noise of its own time. The latent is
+16 x 64 x 128 in fp32, 512 KiB; the prompt has the 154 x 4096 numbers of SD3, which the host compares in every step.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -29,7 +30,8 @@ from tests import tiny
 from worker.models.sd3 import SD3
 
 CONFIG = {
-    **tiny.SD3_CONFIG, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16,
+    **tiny.SD3_CONFIG, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8,
+    "caption_projection_dim": 16,
     "joint_attention_dim": 4096, "pos_embed_max_size": 96,
 }  # fmt: skip
 LATENT, TOKENS, MULTIPLIER = (1, 16, 64, 128), 154, 1000.0
@@ -50,7 +52,7 @@ def loops(file: Path, parallel: ParallelConfig) -> dict[str, Loop]:
 
     def host() -> torch.Tensor:
         x = noise
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in itertools.pairwise(sigmas):
             velocity = remote.denoise(x, (sigma * MULTIPLIER).expand(1), given, interrupted=lambda: False)
             x = x + (following - sigma) * velocity
         return x
@@ -84,7 +86,9 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["XDIT_OMP_NUM_THREADS"] = "1"
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; median ms per step")
-    print(f"{'ranks':>5}{'host drives':>13}{'loop in ranks':>15}{'added':>8}{'sent':>10}{'received':>10} bytes")
+    print(
+        f"{'ranks':>5}{'host drives':>13}{'loop in ranks':>15}{'added':>8}{'sent':>10}{'received':>10} bytes"
+    )
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         file = tiny.write_native(SD3(), tiny.build(SD3(), CONFIG), CONFIG, Path(folder) / "sd3.safetensors")
