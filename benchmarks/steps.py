@@ -4,7 +4,8 @@ A stock sampler calls the transformer once per step and does the rest on the hos
 XDiTSampler has the whole loop in the ranks (`sample`). Both take turns in one run, on a real
 transformer: an echo could not run the loop. It is as small as it can be (one layer, two heads of
 width 8), so that the difference is not lost in the noise of its own time. The latent is
-16 x 64 x 128 in fp32, 512 KiB; the prompt has the 154 x 4096 numbers of SD3, which the host compares in every step.
+16 x 64 x 128 in fp32, 512 KiB; the prompt has the 154 x 4096 numbers of SD3, which the host
+compares in every step.
 """
 
 from __future__ import annotations
