@@ -5,30 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.comfyui.inputs import empty_latent, layout, random_conditioning, random_latent, relative_l2
+from tests.comfyui.inputs import (
+    empty_latent,
+    layout,
+    pair,
+    random_conditioning,
+    random_latent,
+    relative_l2,
+)
 
 PER_RUN = 1e-4
-LAYOUTS = {
-    "1rank": {"ulysses_degree": 1},
-    "ulysses2": {"ulysses_degree": 2},
-    "cfg2": {"cfg_parallel_degree": 2},
-}
-
-
-# Of module scope, so that the tests of one layout run together: another layout is other processes.
-@pytest.fixture(params=LAYOUTS, scope="module")
-def degrees(request) -> dict[str, int]:
-    return LAYOUTS[request.param]
 
 
 @pytest.fixture
 def models(run_node, tiny_flux, degrees) -> SimpleNamespace:
     """The same random file, loaded by ComfyUI and into the ranks."""
-    (stock,) = run_node("UNETLoader", unet_name=tiny_flux, weight_dtype="default")
-    (ours,) = run_node(
-        "XDiTLoadDiffusionModel", unet_name=tiny_flux, weight_dtype="default", parallel=layout(**degrees)
-    )
-    return SimpleNamespace(stock=stock, ours=ours)
+    return pair(run_node, tiny_flux, degrees)
 
 
 def _with(conditioning, **options):
