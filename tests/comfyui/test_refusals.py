@@ -45,9 +45,16 @@ def test_patch_inside_the_transformer_is_refused(run_node, model):
 
 
 def test_unknown_transformer_option_is_refused(run_node, model):
+    model.model_options["transformer_options"]["minimax_h3_sigma_shift"] = {"scale_x": 2.0}
+
+    with pytest.raises(InvalidInput, match="minimax_h3_sigma_shift"):
+        _sample(run_node, model)
+
+
+def test_an_option_that_the_family_does_not_take_is_refused_by_the_ranks(run_node, model):
     model.model_options["transformer_options"]["rope_options"] = {"scale_x": 2.0}
 
-    with pytest.raises(InvalidInput, match="rope_options"):
+    with pytest.raises(InvalidInput, match="carries rope_options, which sd3 in the ranks does not take"):
         _sample(run_node, model)
 
 
