@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     doctor = commands.add_parser("doctor", help="say what this machine has and what is missing")
+    doctor.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to check; by default the one this is in"
+    )
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -99,11 +102,11 @@ def _demo(chosen: argparse.Namespace) -> int:
     return DONE
 
 
-def _doctor(_chosen: argparse.Namespace) -> int:
+def _doctor(chosen: argparse.Namespace) -> int:
     from comfy_xdit.doctor import examine
 
     healthy = True
-    for finding in examine():
+    for finding in examine(chosen.comfyui):
         print(finding)
         healthy = healthy and finding.fine
     return DONE if healthy else FAILED
