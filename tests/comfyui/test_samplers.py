@@ -15,8 +15,9 @@ import torch
 from comfy_xdit.environment import ROOT
 from tests.comfyui.inputs import FAMILIES, empty_latent, pair, random_conditioning, relative_l2
 
-# Each step adds rounding of another order of sums; with the same noise, SDE samplers are no different.
-PER_RUN = 1e-4
+# The target is 1e-4. Measured is at most 8e-6, the rounding of another order of sums, also for SDE
+# samplers, whose noise is the same; a wider bound would let a wrong timestep pass.
+PER_RUN = 3e-5
 STEPS = 3
 SCALES = (1.0, 3.0)  # without and with a negative prompt
 OUTPUT = ROOT / "output" / "samplers.json"
@@ -72,7 +73,13 @@ def test_every_sampler_with_every_scheduler(
         differences[cell] = relative_l2(draw(models.ours, *cell), stock_latents[family][cell])
     measured[f"{family} {layout_name}"] = [[*cell, value] for cell, value in differences.items()]
 
-    # Not one of them drew nothing, or the comparison would say nothing.
-    assert all(latent.isfinite().all() for latent in stock_latents[family].values())
+    # The comparison says something: each drew a latent, and one that depends on the model.
+    drawn = stock_latents[family]
+    assert all(latent.isfinite().all() for latent in drawn.values())
+    moved = {
+        names: relative_l2(drawn[(*names, SCALES[1])], drawn[(*names, SCALES[0])])
+        for names in {cell[:2] for cell in drawn}
+    }
+    assert min(moved.values()) > 10 * PER_RUN, moved
     wrong = {cell: d for cell, d in differences.items() if not (math.isfinite(d) and d <= PER_RUN)}
     assert not wrong, wrong
