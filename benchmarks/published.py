@@ -21,7 +21,12 @@ COMPILED = replace(EAGER, passes=10.0, launch=0.2e-3, launch_split=0.1e-3, launc
 
 def layout(name: str) -> ParallelConfig:
     """U2R2, CFG2xR3 and so on, as a layout; PF has the one warm-up step of the papers."""
-    names = {"U": "ulysses_degree", "R": "ring_degree", "PF": "pipefusion_degree", "CFG": "cfg_parallel_degree"}
+    names = {
+        "U": "ulysses_degree",
+        "R": "ring_degree",
+        "PF": "pipefusion_degree",
+        "CFG": "cfg_parallel_degree",
+    }
     degrees: dict[str, int] = {}
     for factor in name.split("x"):
         kind = factor.rstrip("0123456789")
@@ -62,7 +67,9 @@ PIPEFUSION = "arXiv 2405.14430 §4.1"
 
 def _hunyuan(device: str, one: float, rows: dict[str, float], size: str, fit: tuple[str, ...] = ()) -> Series:
     request = HUNYUAN_720 if size == "1280x720" else HUNYUAN_960
-    return Series(f"HunyuanVideo {size}, {device}", HUNYUAN_MD, request, f"8 x {device}", one, rows, fit, EAGER, 100.0)
+    return Series(
+        f"HunyuanVideo {size}, {device}", HUNYUAN_MD, request, f"8 x {device}", one, rows, fit, EAGER, 100.0
+    )
 
 
 def _pixart(pixels: int, **rows: float) -> Series:

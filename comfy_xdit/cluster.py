@@ -24,7 +24,7 @@ class Device:
         kind: "cuda" or "cpu".
         matmul: FLOP/s that large matrix products and attention sustain, in 16 bits (CPU: 32).
         bandwidth: bytes/s of its memory.
-        memory: bytes that models and activations may fill.
+        memory: bytes that models and activations may fill; on CPU of all ranks together.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Cluster:
 
 def of_cpu(ranks: int, memory: int) -> Cluster:
     """So many CPU ranks of this machine, which share `memory` bytes."""
-    return Cluster(Device("CPU", "cpu", CPU_CORE, CPU_BANDWIDTH, memory // ranks), ranks, GLOO)
+    return Cluster(Device("CPU", "cpu", CPU_CORE, CPU_BANDWIDTH, memory), ranks, GLOO)
 
 
 def parse(text: str) -> Cluster:
@@ -155,7 +155,7 @@ def parse(text: str) -> Cluster:
         InvalidInput: it is not of that form, or the device is not known.
     """
     words = [word for word in text.replace(",", " ").split() if word.lower() not in ("x", "over", "rtx")]
-    numbers = [int(words.pop(0)) for _ in range(2) if words and words[0].isdigit()]
+    numbers = [int(words.pop(0)) for _ in range(2) if words and words[0].isdigit() and words[0] not in _GPUS]
     links = {word.lower() for word in words[1:]}
     name = words[0].upper() if words else ""
     if not 1 <= len(numbers) <= 2 or min(numbers) < 1 or name not in _GPUS:
@@ -172,7 +172,11 @@ def parse(text: str) -> Cluster:
 
 
 def linked(device: Device, count: int, near: Link, socket: int | None = None, nodes: int = 1) -> Cluster:
-    """`count` devices per machine on one kind of link; PCIe has a socket boundary, in the middle if unsaid."""
+    """`count` devices per machine on one kind of link.
+
+    Args:
+        socket: devices on one processor; on PCIe, if unsaid, all of up to four, else half of them.
+    """
     if near is NVLINK:
         return Cluster(device, count, near, nodes=nodes)
     return Cluster(device, count, near, SOCKETS, socket or (count if count < 5 else count // 2), nodes)

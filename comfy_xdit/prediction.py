@@ -96,7 +96,7 @@ def predict(
         communication * stretch,
         (seconds - compute - communication) * stretch,
         memory,
-        memory <= cluster.device.memory,
+        memory <= cluster.device.memory / (layout.world_size if cluster.device.kind == "cpu" else 1),
         exact=stages == 1 or warmup == steps,
     )
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from comfy_xdit import __version__
+from comfy_xdit.auto import chosen_for
 from comfy_xdit.group import WorkerGroup, running_groups
 from comfy_xdit.messages import Status
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.plan_command import short
+from comfy_xdit.request import DEFAULT_PIXELS
 
+CANDIDATES = 4  # of a plan that are shown
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -39,6 +45,7 @@ def _group(group: WorkerGroup) -> Iterator[str]:
         f"{layout.world_size} {plural}, {layout.describe()}, on {', '.join(layout.devices)}, "
         f"started in {group.start_seconds:.1f} s"
     )
+    yield from _plans(layout)
     for rank in range(layout.world_size):
         answer = group.tell(Status(), ranks=(rank,))
         if answer is None:
@@ -51,6 +58,21 @@ def _group(group: WorkerGroup) -> Iterator[str]:
                 f"  last {kind}: {1000 * timing.host:.1f} ms, {1000 * timing.rank:.1f} of it in the ranks; "
                 f"{size(timing.sent)} sent, {size(timing.received)} received"
             )
+
+
+def _plans(layout: ParallelConfig) -> Iterator[str]:
+    """Why `auto` chose the layout, and what it left."""
+    chosen = chosen_for(layout)
+    if not chosen:
+        yield "  plan: chosen by hand (strategy manual)"
+    for path, plan in chosen:
+        yield f"  plan for {Path(path).name} at {DEFAULT_PIXELS} x {DEFAULT_PIXELS} (auto): {plan.why}"
+        words = [
+            f"{short(c)} {1000 * c.prediction.seconds:.3g} ms"
+            + (f" (measured {1000 * c.measured:.3g})" if c.measured is not None else "")
+            for c in plan.ranked[:CANDIDATES]
+        ]
+        yield f"    predicted per step: {'; '.join(words)}"
 
 
 def _rank(told: dict[str, Any]) -> Iterator[str]:
