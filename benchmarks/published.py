@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from comfy_xdit.cluster import parse
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.prediction import EAGER, Constants
 from comfy_xdit.request import FAMILIES, ModelShape, Request
@@ -58,6 +57,7 @@ STEP = _video("Step-Video", 48, 6144, 48, 30, cfg=True)
 MOCHI = _video("Mochi", 24, 3072, 48, 10, cfg=True)
 CONSISID = _video("ConsisID", 48, 3072, 42, 5.6, cfg=True)
 PIXART = replace(_video("PixArt", 16, 1152, 28, 0.6, cfg=True), products=14.0)  # and a cross-attention
+HUNYUAN_VAE = 100.0  # seconds outside the loop, so that U8 on H100 is right
 FLUX_1024 = Request.picture(FAMILIES["flux"], steps=28)
 HUNYUAN_720 = Request(HUNYUAN, 33 * 45 * 80, 256, 50)
 HUNYUAN_960 = Request(HUNYUAN, 33 * 60 * 60, 256, 50)
@@ -67,9 +67,8 @@ PIPEFUSION = "arXiv 2405.14430 §4.1"
 
 def _hunyuan(device: str, one: float, rows: dict[str, float], size: str, fit: tuple[str, ...] = ()) -> Series:
     request = HUNYUAN_720 if size == "1280x720" else HUNYUAN_960
-    return Series(
-        f"HunyuanVideo {size}, {device}", HUNYUAN_MD, request, f"8 x {device}", one, rows, fit, EAGER, 100.0
-    )
+    devices, name = f"8 x {device}", f"HunyuanVideo {size}, {device}"
+    return Series(name, HUNYUAN_MD, request, devices, one, rows, fit, outside=HUNYUAN_VAE)
 
 
 def _pixart(pixels: int, **rows: float) -> Series:
@@ -140,6 +139,72 @@ SERIES = (
 )  # fmt: skip
 
 
-def cluster_of(series: Series):
-    """The described machine of a series."""
-    return parse(series.devices)
+FLUX_SEQUENCE = {2: ("U2", "R2"), 4: ("U4", "R4", "U2xR2"), 8: ("U8", "R8", "U4xR2", "U2xR4")}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a source says of a figure without numbers: `faster` takes less time than each of `slower`."""
+
+    text: str
+    source: str
+    request: Request
+    faster: tuple[str, str]  # layout, devices
+    slower: tuple[tuple[str, str], ...]
+    constants: Constants = EAGER
+
+
+def _claims(
+    text: str, source: str, request: Request, best: str, others: tuple[str, ...], devices: str, **more
+) -> Claim:
+    rest = tuple((other, devices) for other in others if other != best)
+    return Claim(text, source, request, (best, devices), rest, **more)
+
+
+L40, A100 = "8 x L40 PCIe", "8 x A100 NVLink"
+FLUX_2048 = Request.picture(FAMILIES["flux"], 2048, 2048, steps=28)
+SD3_1024, SD3_2048 = (Request.picture(FAMILIES["sd3"], n, n, steps=20) for n in (1024, 2048))
+PIXART_2048 = Request(PIXART, 128**2, 0, 20, cfg=True)
+COGVIDEO = replace(
+    Request(_video("CogVideoX1.5", 48, 3072, 42, 5.6, cfg=True), 21 * 48 * 85, 226, 50), cfg=True
+)
+SINGLE = ("PF8", "R8", "U8")
+CLAIMS = (
+    _claims("PipeFusion is the fastest single method", PIPEFUSION, PIXART_2048, "PF8", SINGLE, L40),
+    _claims("Ulysses over 8 is slower than Ring", PIPEFUSION, PIXART_2048, "R8", ("U8",), L40),
+    _claims("U2 x R4 is faster than Ring", PIPEFUSION, PIXART_2048, "U2xR4", ("R8",), L40),
+    _claims("CFG2 x PF4 is the fastest", PIPEFUSION, PIXART_2048, "CFG2xPF4", ("CFG2xU4", *SINGLE), L40),
+    _claims("the best sequence split is U4 x R2", PIPEFUSION, FLUX_1024, "U4xR2", FLUX_SEQUENCE[8], L40),
+    _claims("the best sequence split is U4 x R2", PIPEFUSION, FLUX_2048, "U4xR2", FLUX_SEQUENCE[8], L40),
+    _claims("the best sequence split is U4 x R2", PIPEFUSION, SD3_1024, "U4xR2", FLUX_SEQUENCE[8], L40),
+    _claims("the best sequence split is U4 x R2", PIPEFUSION, SD3_2048, "U4xR2", FLUX_SEQUENCE[8], L40),
+    _claims(
+        "U2 x R2 is the best over 4", FLUX_MD, replace(FLUX_1024, steps=4), "U2xR2", FLUX_SEQUENCE[4],
+        "4 x L40 PCIe", constants=COMPILED,
+    ),
+    Claim(
+        "8 GPUs are slower than 4", FLUX_MD, replace(FLUX_1024, steps=4), ("U2xR2", L40),
+        tuple((name, L40) for name in FLUX_SEQUENCE[8]), COMPILED,
+    ),
+    Claim(
+        "8 GPUs are faster than 4", FLUX_MD, replace(FLUX_2048, steps=4), ("U4xR2", L40),
+        tuple((name, L40) for name in FLUX_SEQUENCE[4]), COMPILED,
+    ),
+    _claims("Ulysses is the best", FLUX_MD, FLUX_1024, "U8", FLUX_SEQUENCE[8], A100),
+    _claims("Ulysses is the best", FLUX_MD, FLUX_2048, "U8", FLUX_SEQUENCE[8], A100),
+    Claim(
+        "16 GPUs (U4 x PF4) are faster than 8", FLUX_MD, FLUX_1024, ("U4xPF4", "2 x 8 L40 Ethernet"),
+        tuple((name, L40) for name in ("PF8", *FLUX_SEQUENCE[8])),
+    ),
+    _claims(
+        "a sequence split over both machines is slower", FLUX_MD, FLUX_1024, "U4xPF4",
+        ("U8xR2", "U4xR4", "R16"), "2 x 8 L40 Ethernet",
+    ),
+    _claims(
+        "CFG is the best over 2", "xDiT docs/performance/cogvideo.md", COGVIDEO, "CFG2", ("U2", "R2"), L40
+    ),
+    _claims(
+        "CFG2 x U2 x R2 is the best over 8", "xDiT docs/performance/cogvideo.md", COGVIDEO, "CFG2xU2xR2",
+        ("CFG2xU4", "CFG2xR4", *FLUX_SEQUENCE[8]), L40,
+    ),
+)  # fmt: skip

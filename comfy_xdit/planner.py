@@ -81,9 +81,9 @@ def plan(
 ) -> Plan:
     """Rank the candidates and pick one.
 
-    The pick fits the memory if any does, else it needs the least. Of layouts that are equally fast within WORTH it is that
-    with the fewest ranks: the others would gain nothing. Times measured on this machine replace the
-    prediction of the same layout, and correct those of the others.
+    The pick fits the memory if any does, else it needs the least. Of layouts that are equally fast
+    within WORTH it is that with the fewest ranks: the others would gain nothing. Times measured on
+    this machine replace the prediction of the same layout, and correct those of the others.
 
     Raises:
         InvalidInput: the cluster has no device.
