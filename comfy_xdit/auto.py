@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from comfy_xdit import planner
+from comfy_xdit import __version__, planner, remembered
 from comfy_xdit.cluster import Cluster
 from comfy_xdit.group import running_groups, worker_group
 from comfy_xdit.measured import Measured
@@ -22,6 +22,8 @@ from comfy_xdit.request import ModelShape, Request
 from comfy_xdit.spec import ModelSpec
 from comfy_xdit.topology import this_machine
 
+NAME = "models.json"
+KEPT = 200  # descriptions
 PROBE = ParallelConfig(devices=("cpu",))
 
 
@@ -50,6 +52,8 @@ def layout_of(
         return parallel
     available = available_devices()
     devices = parallel.devices or available
+    if len(devices) == 1:  # nothing to choose, so nobody need be asked
+        return ParallelConfig(devices=devices)
     key = (spec, devices)
     if key not in _chosen:
         info = description(spec, interrupted)
@@ -72,11 +76,35 @@ def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) 
     """What a rank says of the transformer `spec` from its header; no weight is read.
 
     Families are known in the ranks alone. A group that runs is asked; without one a CPU rank
-    starts, which goes when other ranks are needed, or stays when one is the plan.
+    starts, which goes when other ranks are needed, or stays when one is the plan. The answer is
+    remembered as long as the file is the same.
     """
+    key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype}"
+    held = remembered.read(NAME, _check)
+    if key in held:
+        return held[key]
     running = [group for group in running_groups() if group.pids]
     group = running[0] if running else worker_group(PROBE)
-    return group.call(Check(spec, ParallelConfig()), ranks=(0,), interrupted=interrupted).value
+    told = group.call(Check(spec, ParallelConfig()), ranks=(0,), interrupted=interrupted).value
+
+    def change(models: dict[str, Any]) -> bool:
+        models[key] = told
+        for oldest in list(models)[:-KEPT]:
+            del models[oldest]
+        return True
+
+    remembered.update(NAME, _check, change)
+    return told
+
+
+def _check(models: Any) -> None:
+    """Raise ValueError for what holds something that is no description."""
+    try:
+        for told in models.values():
+            ModelShape.of(told)
+            told["stored"]
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"not descriptions of models ({error!r})") from error
 
 
 def dtype_bytes(info: dict[str, Any], spec: ModelSpec, kind: str) -> int:

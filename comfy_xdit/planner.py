@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from statistics import geometric_mean
 
 from comfy_xdit import prediction
 from comfy_xdit.cluster import Cluster
@@ -82,8 +83,9 @@ def plan(
     """Rank the candidates and pick one.
 
     The pick fits the memory if any does, else it needs the least. Of layouts that are equally fast
-    within WORTH it is that with the fewest ranks: the others would gain nothing. Times measured on
-    this machine replace the prediction of the same layout, and correct those of the others.
+    within WORTH it is that with the fewest ranks, since the others would gain nothing, and the
+    smallest ring, which splits no picture of fewer tokens than ranks. Times measured on this machine
+    replace the prediction of the same layout, and correct those of the others.
 
     Raises:
         InvalidInput: the cluster has no device.
@@ -99,7 +101,7 @@ def plan(
     fitting = [c for c in ranked if c.prediction.fits]
     near = [c for c in fitting if c.expected <= fitting[0].expected * (1 + WORTH)]
     pick = (
-        min(near, key=lambda c: (c.layout.world_size, c.expected))
+        min(near, key=lambda c: (c.layout.world_size, c.layout.ring_degree, c.expected))
         if fitting
         else min(ranked, key=lambda c: (c.prediction.memory * c.layout.world_size, c.expected))
     )
@@ -109,32 +111,31 @@ def plan(
 def _corrected(
     predictions: list[Prediction], request: Request, cluster: Cluster, measured: Measured
 ) -> list[Candidate]:
-    """Candidates with measured times; the others scaled by how far off the prediction was elsewhere."""
+    """Candidates with measured times; the others scaled by how far off the prediction was elsewhere.
+
+    What tells most about a layout comes first: itself with another number of tokens, layouts of as
+    many ranks, all layouts.
+    """
     times = {p.layout: measured.seconds(p.layout, request, cluster) for p in predictions}
-    ratios = [times[p.layout] / p.seconds for p in predictions if times[p.layout] is not None]
-    here = _geometric_mean(ratios)
+    ratios = [
+        (p.layout.world_size, seconds / p.seconds)
+        for p in predictions
+        if (seconds := times[p.layout]) is not None
+    ]
     result = []
     for one in predictions:
         seconds = times[one.layout]
         if seconds is None:
-            # The same layout with another number of tokens knows best how far off the model is.
-            others = [
+            elsewhere = [
                 value / prediction.predict(one.layout, replace(request, image_tokens=tokens), cluster).seconds
                 for tokens, value in measured.of_layout(one.layout, request, cluster).items()
             ]
-            result.append(Candidate(one, one.seconds * (_geometric_mean(others) or here or 1.0)))
+            alike = [ratio for ranks, ratio in ratios if ranks == one.layout.world_size]
+            scale = geometric_mean(elsewhere or alike or [ratio for _, ratio in ratios] or [1.0])
+            result.append(Candidate(one, one.seconds * scale))
         else:
             result.append(Candidate(one, seconds, seconds))
     return result
-
-
-def _geometric_mean(values: list[float]) -> float | None:
-    if not values:
-        return None
-    product_ = 1.0
-    for value in values:
-        product_ *= value ** (1 / len(values))
-    return product_
 
 
 def _why(pick: Candidate, ranked: list[Candidate], cluster: Cluster) -> str:
