@@ -52,7 +52,7 @@ PCIE = Link("PCIe", 22e9, 40e-6)
 PCIE_HOST = Link("PCIe through the host's memory", 6e9, 60e-6)
 SOCKETS = Link("PCIe across sockets", 30e9, 60e-6)
 ETHERNET = Link("Ethernet", 10e9, 150e-6)  # 100 Gbit/s
-GLOO = Link("shared memory (gloo)", 0.6e9, 0.7e-3)
+GLOO = Link("shared memory (gloo)", 0.6e9, 1e-3)
 
 # Dense 16-bit TFLOP/s, the share of it that is sustained, GB/s of memory, GiB.
 # A device that is not here is taken for UNKNOWN, until times measured on it correct that.

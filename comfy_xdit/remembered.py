@@ -63,7 +63,7 @@ def _replace(file: Path, held: dict[str, Any]) -> None:
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-            json.dump(held, opened, indent=1, sort_keys=True)
+            json.dump(held, opened, indent=1)
         os.replace(name, file)
     except BaseException:
         os.unlink(name)
