@@ -29,10 +29,16 @@ PROBE = ParallelConfig(devices=("cpu",))
 
 @dataclass(frozen=True)
 class Chosen:
-    """What `auto` chose for a model, and why."""
+    """What `auto` chose for a model and a request on a cluster, and why."""
 
     layout: ParallelConfig
     plan: Plan
+    request: Request
+    cluster: Cluster
+
+    def again(self) -> Plan:
+        """The plan that would be made now, with the times measured since."""
+        return planner.plan(self.request, self.cluster, Measured.load())
 
 
 # Kept as long as the process: times measured meanwhile must not restart ranks in the middle of work.
@@ -63,13 +69,13 @@ def layout_of(
         plan = planner.plan(request, cluster, Measured.load())
         layout = plan.pick.layout
         layout = replace(layout, devices=devices[: layout.world_size]).check(available)
-        _chosen[key] = Chosen(layout, plan)
+        _chosen[key] = Chosen(layout, plan, request, cluster)
     return _chosen[key].layout
 
 
-def chosen_for(layout: ParallelConfig) -> list[tuple[str, Plan]]:
-    """Path of the model and plan, of every model that runs under `layout` because `auto` chose it."""
-    return [(spec.path, chosen.plan) for (spec, _), chosen in _chosen.items() if chosen.layout == layout]
+def chosen_for(layout: ParallelConfig) -> list[tuple[str, Chosen]]:
+    """Path of the model and choice, of every model that runs under `layout` because `auto` chose it."""
+    return [(spec.path, chosen) for (spec, _), chosen in _chosen.items() if chosen.layout == layout]
 
 
 def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) -> dict[str, Any]:

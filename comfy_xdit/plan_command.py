@@ -12,7 +12,7 @@ from comfy_xdit.cluster import Cluster
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.measured import Measured
 from comfy_xdit.parallel import DEGREES, available_devices
-from comfy_xdit.planner import Candidate, Plan
+from comfy_xdit.planner import Candidate, Plan, figure
 from comfy_xdit.request import FAMILIES, ModelShape, Request
 from comfy_xdit.spec import ModelSpec
 
@@ -99,8 +99,8 @@ def _row(candidate: Candidate, one: Candidate, pick: Candidate, steps: int) -> t
     return (
         short(candidate),
         str(candidate.layout.world_size),
-        f"{prediction.seconds * steps:.3g} s",
-        f"{candidate.measured * steps:.3g} s" if candidate.measured is not None else "-",
+        f"{figure(prediction.seconds * steps)} s",
+        f"{figure(candidate.measured * steps)} s" if candidate.measured is not None else "-",
         f"{one.expected / candidate.expected:.2f}",
         f"{prediction.memory / GIB:.1f} GiB",
         ", ".join(remarks),

@@ -114,27 +114,25 @@ def _corrected(
     """Candidates with measured times; the others scaled by how far off the prediction was elsewhere.
 
     What tells most about a layout comes first: itself with another number of tokens, layouts of as
-    many ranks, all layouts.
+    many ranks, any layout, any layout with another number of tokens. The last matters: a device that
+    is slower than its figures is slower under every layout, and one that ran must not lose by that.
     """
-    times = {p.layout: measured.seconds(p.layout, request, cluster) for p in predictions}
-    ratios = [
-        (p.layout.world_size, seconds / p.seconds)
-        for p in predictions
-        if (seconds := times[p.layout]) is not None
-    ]
+    times, elsewhere = {}, {}
+    for one in predictions:
+        times[one.layout] = measured.seconds(one.layout, request, cluster)
+        elsewhere[one.layout] = [
+            seconds / prediction.predict(one.layout, replace(request, image_tokens=tokens), cluster).seconds
+            for tokens, seconds in measured.of_layout(one.layout, request, cluster).items()
+        ]
+    here = {p.layout: seconds / p.seconds for p in predictions if (seconds := times[p.layout]) is not None}
+    anywhere = [ratio for ratios in elsewhere.values() for ratio in ratios]
     result = []
     for one in predictions:
+        alike = [ratio for layout, ratio in here.items() if layout.world_size == one.layout.world_size]
+        ratios = elsewhere[one.layout] or alike or list(here.values()) or anywhere or [1.0]
         seconds = times[one.layout]
-        if seconds is None:
-            elsewhere = [
-                value / prediction.predict(one.layout, replace(request, image_tokens=tokens), cluster).seconds
-                for tokens, value in measured.of_layout(one.layout, request, cluster).items()
-            ]
-            alike = [ratio for ranks, ratio in ratios if ranks == one.layout.world_size]
-            scale = geometric_mean(elsewhere or alike or [ratio for _, ratio in ratios] or [1.0])
-            result.append(Candidate(one, one.seconds * scale))
-        else:
-            result.append(Candidate(one, seconds, seconds))
+        expected = one.seconds * geometric_mean(ratios) if seconds is None else seconds
+        result.append(Candidate(one, expected, seconds))
     return result
 
 
@@ -155,7 +153,7 @@ def _why(pick: Candidate, ranked: list[Candidate], cluster: Cluster) -> str:
         if not one.prediction.fits:
             words += f"; one rank would need {one.prediction.memory / 2**30:.1f} GiB"
     else:
-        words = f"{basis} {1000 * pick.expected:.3g} ms per step"
+        words = f"{basis} {figure(1000 * pick.expected)} ms per step"
     wider = [c for c in ranked if c.layout.world_size == cluster.size and c.prediction.fits]
     if used < cluster.size and wider:
         best = min(wider, key=lambda c: c.expected)
@@ -164,6 +162,11 @@ def _why(pick: Candidate, ranked: list[Candidate], cluster: Cluster) -> str:
             f"{best.expected / pick.expected:.2f} times as long"
         )
     return f"{words}."
+
+
+def figure(value: float) -> str:
+    """A positive number as a person writes it, in three digits: 0.0123, 4.56, 789, 12345."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _percent(part: float, whole: Prediction) -> int:

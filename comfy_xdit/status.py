@@ -12,6 +12,7 @@ from comfy_xdit.group import WorkerGroup, running_groups
 from comfy_xdit.messages import Status
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.plan_command import short
+from comfy_xdit.planner import figure
 from comfy_xdit.request import DEFAULT_PIXELS
 
 CANDIDATES = 4  # of a plan that are shown
@@ -65,14 +66,17 @@ def _plans(layout: ParallelConfig) -> Iterator[str]:
     chosen = chosen_for(layout)
     if not chosen:
         yield "  plan: chosen by hand (strategy manual)"
-    for path, plan in chosen:
-        yield f"  plan for {Path(path).name} at {DEFAULT_PIXELS} x {DEFAULT_PIXELS} (auto): {plan.why}"
+    for path, choice in chosen:
+        yield f"  plan for {Path(path).name} at {DEFAULT_PIXELS} x {DEFAULT_PIXELS} (auto): {choice.plan.why}"
+        now = choice.again()
         words = [
-            f"{short(c)} {1000 * c.prediction.seconds:.3g} ms"
-            + (f" (measured {1000 * c.measured:.3g})" if c.measured is not None else "")
-            for c in plan.ranked[:CANDIDATES]
+            f"{short(c)} {figure(1000 * c.prediction.seconds)} ms"
+            + (f" (measured {figure(1000 * c.measured)})" if c.measured is not None else "")
+            for c in now.ranked[:CANDIDATES]
         ]
         yield f"    predicted per step: {'; '.join(words)}"
+        if now.pick.layout != choice.plan.pick.layout:
+            yield f"    after the next start: {short(now.pick)}, by the times measured since"
 
 
 def _rank(told: dict[str, Any]) -> Iterator[str]:

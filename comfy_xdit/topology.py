@@ -22,7 +22,7 @@ def this_machine(devices: tuple[str, ...]) -> Cluster:
     GPUs of several kinds count as so many of the slowest with the least memory: ranks wait for
     each other at every exchange.
     """
-    if devices[0] == "cpu":
+    if "cpu" in devices:
         memory = int(CPU_MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         return cluster.of_cpu(min(len(devices), cluster.CPU_RANKS), memory)
     import torch

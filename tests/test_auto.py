@@ -137,9 +137,16 @@ def test_times_choose_the_layout_of_the_next_process_and_not_of_this_one(tiny_mo
     assert layout_of(TWO, spec) == ParallelConfig(devices=("cpu",))
 
 
-def test_the_report_says_what_was_chosen_and_why(tiny_models):
+def test_the_report_says_what_was_chosen_and_why_and_what_was_measured(tiny_models):
     spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
-    RemoteModel(spec, layout_of(TWO, spec)).load()
+    layout = layout_of(TWO, spec)
+    remote = RemoteModel(spec, layout)
+    request = Request.picture(ModelShape.of(remote.load()), dtype_bytes=4)
     text = report(())
     assert "plan for sd3.safetensors at 1024 x 1024 (auto): predicted" in text
-    assert "predicted per step: cfg 2 " in text
+    assert "predicted per step: cfg 2 " in text and "measured" not in text
+
+    measured.remember(layout, request, machine(TWO.devices), 2.0)
+    measured.remember(ParallelConfig(), request, machine(TWO.devices), 1.0)
+    text = report(())
+    assert "(measured 2000)" in text and "after the next start: one rank" in text

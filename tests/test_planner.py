@@ -226,6 +226,15 @@ def test_another_number_of_tokens_corrects_its_own_layout():
     assert corrected.expected == pytest.approx(3 * corrected.prediction.seconds)
 
 
+def test_a_device_slower_than_its_figures_changes_no_order():
+    # The pick ran with another number of tokens, three times as slow as predicted; nothing else ran.
+    video = replace(FLUX, image_tokens=32768)
+    pick = planner.plan(video, H100).pick.layout
+    small = replace(FLUX, image_tokens=1024)
+    known = Measured().with_time(pick, small, H100, 3 * predict(pick, small, H100).seconds)
+    assert planner.plan(video, H100, known).pick.layout == pick
+
+
 def test_no_device_is_an_error():
     with pytest.raises(InvalidInput, match="at least one"):
         planner.plan(FLUX, replace(H100, count=0))
