@@ -123,8 +123,9 @@ class _Step:
         self.launches = self._launches()
 
     @property
-    def _blocks(self) -> float:
-        return self._shape.blocks / self._stages
+    def _blocks(self) -> int:
+        """Blocks of the largest stage, which the others wait for."""
+        return -(-self._shape.blocks // self._stages)
 
     def _sustained(self) -> float:
         device = self._cluster.device
@@ -135,7 +136,7 @@ class _Step:
     def _products(self) -> tuple[float, float]:
         """Seconds of all products, and of those the part that is attention between tokens."""
         shape, request = self._shape, self._request
-        share = self._rows / (self._ranks * self._stages)
+        share = self._rows * self._blocks / (self._ranks * shape.blocks)
         linear = 2 * shape.products * shape.blocks * request.tokens
         linear += 8 * shape.dual * request.image_tokens
         pairs = shape.blocks * request.tokens**2 + shape.dual * request.image_tokens**2
@@ -204,7 +205,7 @@ class _Step:
         constants, block = self._constants, self._constants.launch
         block += constants.launch_split if self._ranks * self._stages > 1 else 0.0
         block += constants.launch_ring if self._layout.ring_degree > 1 else 0.0
-        return self._shape.blocks * block  # PipeFusion: as many patches as stages, which cancel out
+        return self._blocks * self._stages * block  # PipeFusion: once for each of as many patches as stages
 
 
 def _memory(layout: ParallelConfig, request: Request) -> int:
