@@ -122,7 +122,8 @@ def device_findings() -> Iterator[Finding]:
     """The devices ranks can be put on."""
     import torch
 
-    from comfy_xdit.parallel import automatic, available_devices
+    from comfy_xdit.parallel import available_devices
+    from comfy_xdit.plan_command import outline
 
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -131,7 +132,7 @@ def device_findings() -> Iterator[Finding]:
     else:
         built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
         yield Finding(f"no GPU (torch is {built}): ranks run on the CPU, {os.cpu_count()} cores")
-    yield Finding(f"strategy auto here: {automatic(available_devices()).describe()}")
+    yield from (Finding(line) for line in outline(available_devices()))
 
 
 def rank_finding() -> Finding:

@@ -49,6 +49,7 @@ class ModelFamily(ABC):
     native: str  # a tensor that a file in the original release's naming has, and no other
     layout: TokenLayout
     latent_format: LatentFormat
+    guided: bool = True  # by a second, negative prompt; False where guidance is distilled into the model
     # Which blocks ComfyUI adds each list of ControlNet residuals after.
     control: dict[str, str]
     # Keyword arguments of ComfyUI's transformer that the family takes; any other is refused.

@@ -27,6 +27,7 @@ class Flux(ModelFamily):
         text_first=True, first_block="transformer_blocks.0", last_norm="norm_out", rotary="pos_embed"
     )
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
+    guided = False
     control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}
     conditions = frozenset({"context", "y", "guidance", "ref_latents", "ref_latents_method", "rope_options"})
 
