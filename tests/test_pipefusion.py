@@ -102,11 +102,10 @@ def test_every_sampler_with_a_mask(models, name, sampler, layout):
 # ---------------------------------------------------------------------- life
 
 
-@on_two_stages
 def test_progress_previews_and_interrupt(models, layout):
     asked = request(models["flux"], steps=3000)
-    remote, seen = RemoteModel(asked.spec, TWO), []
-    pids = worker_group(TWO).pids
+    remote, seen = RemoteModel(asked.spec, layout), []
+    pids = worker_group(layout).pids
     with pytest.raises(Interrupted, match="at step"):
         remote.sample(
             replace(asked, previews=True),
@@ -117,8 +116,8 @@ def test_progress_previews_and_interrupt(models, layout):
     assert len(seen) < 300, "at 50 ms between looks at the flag, some small steps may pass"
     assert all(p.preview.shape == asked.noise.shape and p.preview.isfinite().all() for p, _ in seen)
     short = request(models["flux"])
-    assert drift(models["flux"], TWO, short, plain(models["flux"], short), ALL) <= EXACT
-    assert worker_group(TWO).pids == pids
+    assert drift(models["flux"], layout, short, plain(models["flux"], short), ALL) <= EXACT
+    assert worker_group(layout).pids == pids
 
 
 @on_two_stages
