@@ -89,14 +89,16 @@ def test_drift_is_the_algorithms(models, layout, name, cfg):
 
 
 @on_two_stages
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
+@pytest.mark.parametrize("size", [(15, 13), (12, 14)])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_sampler_with_a_mask(models, name, sampler, layout):
-    mask = (torch.rand(1, 1, 15, 13, generator=torch.Generator().manual_seed(2)) > 0.4).float()
-    asked = request(models[name], sampler=sampler, mask=mask, batch=2)
-    expected = plain(models[name], asked)
-    assert drift(models[name], TWO, asked, expected, ALL) <= EXACT
-    assert EXACT < drift(models[name], TWO, asked, expected, 1) < DRIFT
+def test_every_sampler_with_and_without_a_mask(models, name, sampler, size, layout):
+    mask = (torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(2)) > 0.4).float()
+    for given in (mask, None):
+        asked = request(models[name], size, sampler=sampler, mask=given, batch=2)
+        expected = plain(models[name], asked)
+        assert drift(models[name], TWO, asked, expected, ALL) <= EXACT
+        assert EXACT < drift(models[name], TWO, asked, expected, 1) < DRIFT
 
 
 # ---------------------------------------------------------------------- life

@@ -28,7 +28,7 @@ class PatchSampler:
         self._samplers = [
             Sampler(request.sampler, x[:, start:stop], request.sigmas) for start, stop in patches
         ]
-        self._inputs = x
+        self._inputs = torch.empty_like(x)  # written to, where samplers still need their x
         self.inputs(range(len(patches)))
 
     def inputs(self, which: range) -> torch.Tensor:
