@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class Keys:
     stop: int
     images: int  # kept of all patches
 
-    @property
+    @cached_property
     def order(self) -> torch.Tensor:
         """The keys of a whole call in the order they are kept."""
         return torch.cat([self.image, self.text])
