@@ -177,7 +177,7 @@ class XDiTParallelConfig:
             ["auto", "manual"],
             {"tooltip": "auto: the pack chooses, and the degrees below do not count. manual: they count."},
         )
-        warmup = {"default": 1, "min": 0, "max": 100, "tooltip": "Exact steps before PipeFusion starts."}
+        warmup = {"default": 1, "min": 1, "max": 100, "tooltip": "Exact steps before PipeFusion starts."}
         shard = {"default": False, "tooltip": "Each rank keeps a part of the weights only."}
         devices = {
             "default": "",

@@ -109,7 +109,8 @@ class Sample:
     `latent` is (B, C, H, W), scaled (latent_format applied); `noise` likewise; `sigmas` is
     (steps + 1,). `positive` and `negative` are keyword arguments of the transformer; negative is
     None when cfg is 1. `mask` is 1 where the picture may change. `multiplier` is what turns sigma
-    into the transformer's timestep. Answer: the last latent, scaled.
+    into the transformer's timestep. `warmup_steps` are those PipeFusion does exactly. Answer: the last
+    latent, scaled.
     """
 
     spec: ModelSpec
@@ -124,6 +125,7 @@ class Sample:
     mask: torch.Tensor | None = None
     previews: bool = False
     patches: PatchSet = NO_PATCHES
+    warmup_steps: int = 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.errors import Interrupted
+from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.group import holders, running_groups, worker_group
 from comfy_xdit.messages import (
     NO_PATCHES,
@@ -158,7 +158,11 @@ class RemoteModel(Remote):
 
         Returns:
             The output, (B, C, H, W), on CPU.
+
+        Raises:
+            InvalidInput: the layout is for whole sampling loops only.
         """
+        _refuse_pipefusion(self.parallel, control)
 
         def message(generation: int) -> Denoise:
             referred = self.sent.refer(conditions, generation)
@@ -185,7 +189,8 @@ class RemoteModel(Remote):
         """A whole sampling loop in the ranks; returns the last latent, scaled, on CPU."""
 
         def message(generation: int) -> Sample:
-            return replace(request, patches=_sent_patches[self.parallel].refer(request.patches, generation))
+            patches = _sent_patches[self.parallel].refer(request.patches, generation)
+            return replace(request, patches=patches, warmup_steps=self.parallel.warmup_steps)
 
         try:
             latent = self._call(message, on_progress=on_progress, interrupted=interrupted).value
@@ -204,6 +209,23 @@ class RemoteModel(Remote):
         group = worker_group(self.parallel)
         timing = group.timings.get(word.__name__)
         self.calls.note(self.info, group.parallel, timing, tuple(latent.shape), *loop)
+
+
+def _refuse_pipefusion(parallel: ParallelConfig, control: Any) -> None:
+    """Raise InvalidInput where single calls are asked of a group that holds the model in stages."""
+    if parallel.pipefusion_degree == 1:
+        return
+    layout = f"pipefusion_degree {parallel.pipefusion_degree}"
+    if control is not None:
+        raise InvalidInput(
+            "a ControlNet's residuals are for the whole picture at one step, and under PipeFusion "
+            f"({layout}) patches of several steps are on their way at once; set pipefusion_degree to 1, and "
+            "ulysses_degree instead."
+        )
+    raise InvalidInput(
+        f"this sampler calls the transformer once per step, and PipeFusion ({layout}) runs the whole loop in "
+        "the ranks, where steps overlap; use xDiT Sampler (XDiTSampler), or set pipefusion_degree to 1."
+    )
 
 
 @dataclass

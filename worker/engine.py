@@ -105,7 +105,7 @@ class Engine:
         """A whole sampling loop; the latent goes to the host from rank 0 only."""
         self._patches.take(message.patches)
         transformer = self._require(message.spec)
-        transformer.patch(message.patches.name, self._patches)
+        self._patch(transformer, message.patches.name)
         latent = sample(message, transformer, self._groups, run)
         return latent if self._groups.rank == 0 else None
 
@@ -136,6 +136,16 @@ class Engine:
             "patches": self._patches.nbytes,
         }
         return self.report() | self._models.report() | kept | _memory(self._groups.device)
+
+    def _patch(self, transformer: Transformer, name: str) -> None:
+        """Patch the weights of every stage, or none goes on: a patch may fit some stages only."""
+        error: InvalidInput | None = None
+        try:
+            transformer.patch(name, self._patches)
+        except InvalidInput as refused:
+            error = refused
+        if self._groups.any(error is not None):
+            raise error or InvalidInput("another rank refused the patch")
 
     def _require(self, spec: ModelSpec) -> Loaded:
         """The loaded model of this spec."""
