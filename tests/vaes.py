@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -12,6 +13,10 @@ PICTURE = {
     "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "block_out_channels": (32, 32, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
 }  # fmt: skip
+WAN = {
+    "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
+    "temperal_downsample": [True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     # SD3 and FLUX.1: 16 channels and no quantisation convolutions.
     "AutoencoderKL": {
@@ -19,22 +24,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "AutoencoderKLFlux2": {**PICTURE, "latent_channels": 8, "decoder_block_out_channels": (32, 64, 64)},
     "AutoencoderKLWan": {
-        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
-        "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "scale_factor_spatial": 4, "scale_factor_temporal": 4,
+        **WAN, "scale_factor_spatial": 4, "scale_factor_temporal": 4,
     },
     # As Wan 2.2: in patches, with residual stages.
     "AutoencoderKLWan 2.2": {
-        "base_dim": 8, "decoder_base_dim": 16, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
-        "temperal_downsample": [True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
-        "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 8,
+        **WAN, "decoder_base_dim": 16, "is_residual": True, "patch_size": 2, "in_channels": 12,
+        "out_channels": 12, "scale_factor_spatial": 8,
     },
-    "AutoencoderKLQwenImage": {
-        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
-        "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
-    },
+    "AutoencoderKLQwenImage": WAN,
     "AutoencoderKLHunyuanVideo": {
         "latent_channels": 4, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1,
-        "down_block_types": ("HunyuanVideoDownBlock3D",) * 4, "up_block_types": ("HunyuanVideoUpBlock3D",) * 4,
+        "down_block_types": ("HunyuanVideoDownBlock3D",) * 4,
+        "up_block_types": ("HunyuanVideoUpBlock3D",) * 4,
     },
     "AutoencoderKLHunyuanVideo15": {
         "latent_channels": 4, "block_out_channels": (16, 16, 32), "layers_per_block": 1,
@@ -53,12 +54,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "AutoencoderDC": {
         "latent_channels": 8, "attention_head_dim": 8, "encoder_block_out_channels": (16, 16, 32),
         "decoder_block_out_channels": (16, 16, 32), "encoder_layers_per_block": (1, 1, 1),
-        "decoder_layers_per_block": (1, 1, 1), "encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock",
+        "decoder_layers_per_block": (1, 1, 1), "encoder_block_types": "ResBlock",
+        "decoder_block_types": "ResBlock",
         "encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ()),
     },
     "AutoencoderKLCogVideoX": {
         "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4,
-        "sample_height": 64, "sample_width": 64,
     },
     "AutoencoderKLMochi": {
         "latent_channels": 4, "encoder_block_out_channels": (32, 32, 32, 64),
@@ -81,3 +82,29 @@ def build(name: str, config: dict[str, Any] | None = None, seed: int = 0) -> nn.
             shift = 1.0 if name.endswith(("var", "std")) else 0.0
             buffer.copy_(shift + 0.3 * torch.rand(buffer.shape, generator=generator))
     return module.eval().requires_grad_(False)
+
+
+WITHOUT_ADAPTER = ("AutoencoderDC", "AutoencoderKLCogVideoX", "AutoencoderKLMochi")
+
+
+def packing(name: str) -> int:
+    """How many places of the decoder are one of the socket's, per side."""
+    return 2 if name == "AutoencoderKLFlux2" else 1
+
+
+def tiled(module: nn.Module, edge: int) -> nn.Module:
+    """A copy that diffusers works through in tiles of `edge` pixels with the overlap of its class."""
+    module = copy.deepcopy(module)
+    module.use_tiling = True
+    for side in ("height", "width"):
+        minimum, stride = f"tile_sample_min_{side}", f"tile_sample_stride_{side}"
+        if hasattr(module, stride):
+            setattr(module, stride, getattr(module, stride) * edge // getattr(module, minimum))
+        if hasattr(module, latent := f"tile_latent_min_{side}"):
+            setattr(module, latent, getattr(module, latent) * edge // getattr(module, minimum))
+        if hasattr(module, minimum):
+            setattr(module, minimum, edge)
+    if hasattr(module, "tile_sample_min_size"):
+        module.tile_latent_min_size = module.tile_latent_min_size * edge // module.tile_sample_min_size
+        module.tile_sample_min_size = edge
+    return module

@@ -125,11 +125,11 @@ def diffusers_class(name: str, where: str) -> type[nn.Module]:
 
     if name not in AUTOENCODERS:
         raise InvalidInput(
-            f"{where} holds a {name}; the ranks run {', '.join(AUTOENCODERS)}. Use the stock VAE loader for it."
+            f"{where} holds a {name}; the ranks run {', '.join(AUTOENCODERS)}. Use the stock loader for it."
         )
     found = getattr(diffusers, name, None)
     if found is None:
         raise InvalidInput(
-            f"{where} holds a {name}, which diffusers {diffusers.__version__} does not have; update diffusers."
+            f"{where} holds a {name}, which diffusers {diffusers.__version__} lacks; update diffusers."
         )
     return found

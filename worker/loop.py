@@ -28,12 +28,18 @@ class Run:
             Interrupted: the host asked to stop; on all ranks at the same step.
         """
         self.steps_done = step
-        asked = False
         if self._end.rank == 0:
             self._end.progress(self._job, step, steps, preview)
-            asked = self._end.interrupted(self._job)
-        if self._agree(asked):
-            raise Interrupted(f"interrupted at step {step}")
+        self.pause()
+
+    def pause(self) -> None:
+        """Call on EVERY rank where a long step may be left off.
+
+        Raises:
+            Interrupted: as `step`.
+        """
+        if self._agree(self._end.rank == 0 and self._end.interrupted(self._job)):
+            raise Interrupted(f"interrupted at step {self.steps_done}")
 
 
 def serve(

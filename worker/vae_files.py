@@ -11,6 +11,7 @@ from comfy_xdit.errors import InvalidInput
 from worker.checkpoints import Checkpoint, Shapes, Source, read_json
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # a whole checkpoint holds the VAE under one
+WEIGHTS = "diffusion_pytorch_model"  # how diffusers names the file in its folders
 GROUPS = 32  # of every group norm in the original releases
 ASIDE = ("num_batches_tracked",)  # counts training steps; not every file has it
 
@@ -39,15 +40,18 @@ class StoredVAE:
 def find(path: Path) -> StoredVAE:
     """The VAE in a file, a diffusers VAE folder, or a pipeline folder. Reads headers only.
 
+    A file that lies beside its config.json, as diffusers writes both, is read by that.
+
     Raises:
         InvalidInput: nothing there, a damaged file, or nothing the ranks run.
     """
-    if path.is_file():
+    if path.is_file() and not (path.stem.startswith(WEIGHTS) and (path.parent / "config.json").is_file()):
         return _of_file(path)
-    folder = path / "vae" if (path / "model_index.json").exists() else path
+    folder = path.parent if path.is_file() else path
+    folder = folder / "vae" if (folder / "model_index.json").exists() else folder
     config = read_json(folder / "config.json")
-    checkpoint = Checkpoint.at(folder)
-    mapping = {name: Source(name) for name in checkpoint.shapes}
+    checkpoint = Checkpoint.at(path if path.is_file() else folder)
+    mapping = {_renamed(name, _OLD): Source(name) for name in checkpoint.shapes}
     return StoredVAE(config.get("_class_name", "model without a class name"), config, mapping, checkpoint)
 
 
@@ -59,7 +63,11 @@ def _of_file(path: Path) -> StoredVAE:
     keys = {key.removeprefix(prefix): key for key in checkpoint.shapes if key.startswith(prefix)}
     shapes = {name: checkpoint.shapes[key] for name, key in keys.items()}
     if "decoder.middle.0.residual.0.gamma" in shapes:
-        cls, config, names = "AutoencoderKLWan", _wan_config(shapes), {_wan_name(name): name for name in shapes}
+        cls, config, names = (
+            "AutoencoderKLWan",
+            _wan_config(shapes),
+            {_wan_name(name): name for name in shapes},
+        )
     else:
         names = {_ldm_name(name, _levels(shapes)): name for name in shapes}
         shapes = {name: shapes[original] for name, original in names.items()}
@@ -81,7 +89,7 @@ def _unknown(path: Path, shapes: Shapes) -> str:
         if any(prefix + mark in shapes for prefix in PREFIXES):
             return (
                 f"{path.name} is {words}, which the ranks do not read from a single file; use the stock VAE "
-                "loader, or put the diffusers folder of the VAE (config.json and safetensors) into models/vae."
+                "loader, or put diffusers' folder of it (config.json and safetensors) into models/vae."
             )
     some = ", ".join(sorted(shapes)[:3]) or "none"
     return (
@@ -90,11 +98,27 @@ def _unknown(path: Path, shapes: Shapes) -> str:
     )
 
 
+_OLD = (  # diffusers' own names of old
+    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+)
+
+
+def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 # ---------------------------------------------------------------------- latent diffusion's naming
 
 
 def _levels(shapes: Shapes) -> int:
-    numbers = [int(m[1]) for m in (re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name) for name in shapes) if m]
+    numbers = [
+        int(m[1]) for m in (re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name) for name in shapes) if m
+    ]
     return max(numbers, default=-1) + 1
 
 
@@ -114,8 +138,7 @@ _LDM = (
 
 def _ldm_name(name: str, levels: int) -> str:
     """diffusers' name of a tensor; a name of diffusers stays. The decoder's levels count backwards."""
-    for pattern, replacement in _LDM:
-        name = re.sub(pattern, replacement, name)
+    name = _renamed(_renamed(name, _LDM), _OLD)
     up = re.match(r"decoder\.up\.(\d+)\.(block\.|upsample\.)(.*)", name)
     if up is None:
         return name
@@ -139,13 +162,19 @@ def _ldm_config(shapes: Shapes) -> dict[str, Any]:
 
     encoder, decoder = widths("encoder.down_blocks"), widths("decoder.up_blocks")[::-1]
     levels = len(encoder or decoder)
-    kinds = ("HunyuanVideoDownBlock3D", "HunyuanVideoUpBlock3D") if video else ("DownEncoderBlock2D", "UpDecoderBlock2D")
+    kinds = (
+        ("HunyuanVideoDownBlock3D", "HunyuanVideoUpBlock3D")
+        if video
+        else ("DownEncoderBlock2D", "UpDecoderBlock2D")
+    )
     config = {
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": shapes[f"decoder.conv_in{video}.weight"][1],
         "block_out_channels": encoder or decoder,
-        "layers_per_block": sum(f"encoder.down_blocks.0.resnets.{n}.norm1.weight" in shapes for n in range(9)),
+        "layers_per_block": sum(
+            f"encoder.down_blocks.0.resnets.{n}.norm1.weight" in shapes for n in range(9)
+        ),
         "norm_num_groups": GROUPS,
         "down_block_types": (kinds[0],) * levels,
         "up_block_types": (kinds[1],) * levels,
@@ -208,8 +237,7 @@ _WAN_UP = 4  # of Wan 2.1's flat list, three residual layers and an upsampler ar
 
 def _wan_name(name: str) -> str:
     """diffusers' name of a tensor of Wan 2.1 or 2.2."""
-    for pattern, replacement in _WAN:
-        name = re.sub(pattern, replacement, name)
+    name = _renamed(name, _WAN)
     flat = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name)
     if flat is None:
         return name

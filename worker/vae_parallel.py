@@ -7,6 +7,7 @@ know that they hold some rows of a picture, and one whose tiles are dealt out to
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +27,6 @@ from distvae.vae import (
 )
 from torch import nn
 
-from comfy_xdit.errors import InvalidInput
-
 HEIGHT = -2  # rows are along it
 Coder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -40,7 +39,7 @@ class SpreadVAE:
     """
 
     def __init__(self, module: nn.Module, spatial: int, group: dist.ProcessGroup | None):
-        self.whole, self._group = module, group
+        self.whole, self._group, self._spatial = module, group, spatial
         self._ranks = 1 if group is None else dist.get_world_size(group)
         self._rank = 0 if group is None else dist.get_rank(group)
         self._tiled = _shared_copy(module)
@@ -54,13 +53,9 @@ class SpreadVAE:
             self._tiled.tiled_decode = tiled_decode
         if decoder_adapter_name(module) and encoder_adapter_name(module):
             self._rows = _shared_copy(module)
-            # DistVAE takes 8 for what a configuration does not say; the truth depends on the file.
-            self._rows.register_to_config(scale_factor_spatial=spatial)
             parallelize_decoder(self._rows, group)
             parallelize_encoder(self._rows, group)
-            if hasattr(self._rows.decoder, "patchify"):
-                # DistVAE cuts Wan 2.2's latent by its patch size, which rows of a decoder do not need.
-                self._rows.decoder.patchify.scale_factor = 1
+            _cut_bands(self._rows, spatial)
 
     def ranks_for(self, rows: int) -> int:
         """How many ranks decode or encode a picture of so many latent rows, when it is not tiled."""
@@ -86,7 +81,8 @@ class SpreadVAE:
 
     def on_block(self, pause: Callable[[], None]) -> None:
         """Have `pause` called before every block of the network that all ranks come to together."""
-        for name, blocks in (self._rows or self.whole).named_modules():
+        together = self._rows if self._ranks > 1 else self.whole
+        for name, blocks in together.named_modules() if together is not None else ():
             if isinstance(blocks, nn.ModuleList) and name.endswith(("up_blocks", "down_blocks")):
                 for block in blocks:
                     block.register_forward_pre_hook(lambda *_: pause())
@@ -99,14 +95,82 @@ class SpreadVAE:
     def _decode_tiles(self, latent: torch.Tensor) -> torch.Tensor:
         if self._group is None or "tiled_decode" in vars(self._tiled):
             return self._tiled.decode(latent, return_dict=False)[0]
-        with _dealt(self._tiled, self._rank, self._ranks, self._group):
+        dispatch, _ = sharing(self._context)
+        with _Dealer.in_place_of(self._tiled, self._spatial) as dealer:
+            self._tiled.decode(latent)  # the dealer writes down the tiles that diffusers asks for
+            dealer.decoded = dispatch(dealer.calls())
             return self._tiled.decode(latent, return_dict=False)[0]
+
+
+class _Dealer(nn.Module):
+    """Stands in for a decoder while diffusers walks its tiles, so that the ranks can share them.
+
+    The first walk writes down the inputs and answers with sizes only, on the meta device; the
+    second answers with what was decoded meanwhile. For classes whose loop DistVAE does not have.
+    """
+
+    def __init__(self, decoder: nn.Module, spatial: int):
+        super().__init__()
+        self.decoder, self._spatial = decoder, spatial
+        self._tiles: list[list[torch.Tensor]] = []
+        self.decoded: list[torch.Tensor] | None = None
+
+    @classmethod
+    @contextmanager
+    def in_place_of(cls, module: nn.Module, spatial: int) -> Iterator[_Dealer]:
+        """Within, `module.decoder` is a dealer."""
+        decoder = module.decoder
+        module.decoder = cls(decoder, spatial)
+        try:
+            yield module.decoder
+        finally:
+            module.decoder = decoder
+
+    def forward(self, latent: torch.Tensor, conv_cache: Any = None) -> Any:
+        """A decoder's call: a video tile comes in several, each with the cache of the one before."""
+        if self.decoded is None:
+            if conv_cache is None:
+                self._tiles.append([])
+            self._tiles[-1].append(latent)
+            sides = [side * self._spatial for side in latent.shape[HEIGHT:]]
+            answer = torch.empty((1, 3, *latent.shape[2:HEIGHT], *sides), device="meta")
+        elif conv_cache is None:
+            answer = self.decoded.pop(0)
+        else:  # all of the tile's frames came with its first call
+            answer = latent.new_empty((1, 3, 0, *(side * self._spatial for side in latent.shape[HEIGHT:])))
+        return (answer, {}) if latent.ndim == 5 else answer
+
+    def calls(self) -> list[Callable[[], torch.Tensor]]:
+        """What decodes each tile."""
+        return [functools.partial(self._decode, parts) for parts in self._tiles]
+
+    def _decode(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        if parts[0].ndim == 4:
+            return self.decoder(parts[0])
+        frames, cache = [], None
+        for part in parts:
+            decoded, cache = self.decoder(part, conv_cache=cache)
+            frames.append(decoded)
+        return torch.cat(frames, dim=2)
 
 
 def _shared_copy(module: nn.Module) -> nn.Module:
     """A copy of the structure of `module` that has the same weights, not copies of them."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def _cut_bands(rows: nn.Module, spatial: int) -> None:
+    """Say where a video may be cut into bands: DistVAE 0.1.0 is right for pictures and for Wan 2.1.
+
+    It takes 8 for what Qwen-Image's and HunyuanVideo 1.5's configurations do not say, divides by a
+    patch size that LTX-2 applies inside its encoder, and cuts Wan 2.2's latents as if they were pixels.
+    """
+    if not hasattr(rows.decoder, "patchify"):
+        return  # pictures: counted off the layers
+    outside = rows.config.get("patch_size") if "scale_factor_spatial" in rows.config else None
+    rows.encoder.patchify.scale_factor = spatial // (outside or 1)
+    rows.decoder.patchify.scale_factor = 1
 
 
 def _mean(encoded: Any) -> torch.Tensor:
@@ -118,15 +182,11 @@ def _mean(encoded: Any) -> torch.Tensor:
 def _tiles_of(module: nn.Module, edge: int) -> Iterator[None]:
     """Within, `module` works in tiles of `edge` by `edge` pixels.
 
-    Raises:
-        InvalidInput: the VAE's compression and overlap do not divide `edge`.
+    Or in tiles of its class's own size, where `edge` and the overlap do not fit together (CogVideoX).
     """
     plan = tile_shape_plan(module, edge, edge)
-    if plan is None:
-        raise InvalidInput(
-            f"{type(module).__name__} has no tiles of {edge} pixels; choose another size, or 'none'."
-        )
-    apply_tile_plan(module, plan)
+    if plan is not None:
+        apply_tile_plan(module, plan)
     module.use_tiling = True
     try:
         yield
