@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import diffusers
@@ -17,6 +18,8 @@ WAN = {
     "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
     "temperal_downsample": [True, True], "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4,
 }  # fmt: skip
+# Wan 2.1's structure, narrow: diffusers' conversion knows no other.
+WAN_2_1 = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
     # SD3 and FLUX.1: 16 channels and no quantisation convolutions.
     "AutoencoderKL": {
@@ -108,3 +111,47 @@ def tiled(module: nn.Module, edge: int) -> nn.Module:
         module.tile_latent_min_size = module.tile_latent_min_size * edge // module.tile_sample_min_size
         module.tile_sample_min_size = edge
     return module
+
+
+def ldm_names(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's tensors in the naming of Stability and Black Forest Labs."""
+    levels = len(module.config.block_out_channels)
+    renamed = {}
+    for name, tensor in module.state_dict().items():
+        up = re.match(r"decoder\.up_blocks\.(\d+)\.(.*)", name)
+        if up:
+            name = f"decoder.up.{levels - 1 - int(up[1])}.{up[2]}"
+        for ours, theirs in (
+            ("down_blocks", "down"), ("resnets.", "block."), ("downsamplers.0", "downsample"),
+            ("upsamplers.0", "upsample"), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
+            ("mid_block.block.0", "mid.block_1"), ("mid_block.block.1", "mid.block_2"),
+            ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+            ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+            ("mid_block.attentions.0.to_", "mid.attn_1."),
+        ):  # fmt: skip
+            name = name.replace(ours, theirs)
+        is_linear = ".attn_1." in name and tensor.ndim == 2
+        renamed[name] = tensor[..., None, None] if is_linear else tensor
+    return renamed
+
+
+def wan_names(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's tensors in the naming of Wan 2.1."""
+    renamed = {}
+    for name, tensor in module.state_dict().items():
+        up = re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.*)", name)
+        if up:
+            place = 4 * int(up[1]) + (int(up[3]) if up[2] == "resnets" else 3)
+            name = f"decoder.upsamples.{place}.{up[4]}"
+        for ours, theirs in (
+            (r"down_blocks", "downsamples"), (r"mid_block.resnets.0", "middle.0"), (r"norm_out", "head.0"),
+            (r"mid_block.resnets.1", "middle.2"), (r"mid_block.attentions.0", "middle.1"),
+            (r"conv_shortcut", "shortcut"), (r"coder.conv_out", "coder.head.2"),
+            (r"coder.conv_in", "coder.conv1"), (r"^post_quant_conv", "conv2"), (r"^quant_conv", "conv1"),
+        ):  # fmt: skip
+            name = re.sub(ours, theirs, name)
+        if "middle.1" not in name and not re.match(r"conv|.*coder\.conv", name):
+            for ours, theirs in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)):
+                name = name.replace(f".{ours}.", f".residual.{theirs}.")
+        renamed[name] = tensor
+    return renamed

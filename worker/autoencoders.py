@@ -41,9 +41,16 @@ class Autoencoder:
     def __init__(self, geometry: Callable[[nn.Module], Geometry]):
         self.geometry = geometry
 
+    def prepare(self, module: nn.Module) -> None:
+        """Put right on the loaded module what diffusers does otherwise than ComfyUI."""
+
     def to_decoder(self, module: nn.Module, latent: torch.Tensor) -> torch.Tensor:
         """What diffusers' decode takes, of what the socket holds."""
         return latent
+
+    def to_pictures(self, decoded: torch.Tensor) -> torch.Tensor:
+        """The network's output, about -1..1, of what diffusers' decode gives."""
+        return decoded
 
     def to_socket(self, module: nn.Module, latent: torch.Tensor) -> torch.Tensor:
         """What the socket holds, of what diffusers' encode gives."""
@@ -60,6 +67,23 @@ class PackedAutoencoder(Autoencoder):
     def to_socket(self, module: nn.Module, latent: torch.Tensor) -> torch.Tensor:
         mean, deviation = _running(module)
         return (nn.functional.pixel_unshuffle(latent, module.config.patch_size[0]) - mean) / deviation
+
+
+class ClampedAutoencoder(Autoencoder):
+    """Wan and Qwen-Image: diffusers clamps every output, ComfyUI blends its tiles before it clamps.
+
+    The last layer is scaled down, by a power of two and so without rounding, until the clamp meets nothing.
+    """
+
+    HEADROOM = 64.0
+
+    def prepare(self, module: nn.Module) -> None:
+        last = module.decoder.conv_out
+        for parameter in (last.weight, last.bias):
+            parameter.data = parameter.data / self.HEADROOM
+
+    def to_pictures(self, decoded: torch.Tensor) -> torch.Tensor:
+        return decoded * self.HEADROOM
 
 
 class NormalisedAutoencoder(Autoencoder):
@@ -100,10 +124,10 @@ AUTOENCODERS: dict[str, Autoencoder] = {
     "AutoencoderKLFlux2": PackedAutoencoder(
         lambda m: Geometry(4 * m.config.latent_channels, 2 * _halvings(m)),
     ),
-    "AutoencoderKLWan": Autoencoder(
+    "AutoencoderKLWan": ClampedAutoencoder(
         lambda m: Geometry(m.config.z_dim, m.config.scale_factor_spatial, m.config.scale_factor_temporal)
     ),
-    "AutoencoderKLQwenImage": Autoencoder(_qwen),
+    "AutoencoderKLQwenImage": ClampedAutoencoder(_qwen),
     "AutoencoderKLHunyuanVideo": Autoencoder(_stated),
     "AutoencoderKLHunyuanVideo15": Autoencoder(lambda m: _stated(m, batch_is_video=False)),
     "AutoencoderKLLTX2Video": NormalisedAutoencoder(_stated),

@@ -41,6 +41,7 @@ class VAE:
         weights = {name: tensor.reshape(self._shapes[name]) for name, tensor in read}
         self._module.load_state_dict(weights, strict=False, assign=True)
         self._module.to(self._groups.device).eval().requires_grad_(False)
+        self._family.prepare(self._module)
         self._spread = SpreadVAE(self._module, self.geometry.spatial, self._groups.everyone)
         self._spread.on_block(self._pause)
 
@@ -81,7 +82,8 @@ class VAE:
             )
 
         def decode(one: torch.Tensor) -> torch.Tensor | None:
-            return self._spread.decode(self._family.to_decoder(self._module, one), tile)
+            decoded = self._spread.decode(self._family.to_decoder(self._module, one), tile)
+            return None if decoded is None else self._family.to_pictures(decoded)
 
         pixels = self._each(latent, decode, run)
         ranks = self._groups.world_size if tile else self._spread.ranks_for(latent.shape[-2])
