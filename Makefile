@@ -23,6 +23,7 @@ parity: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.bridge
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.vae
 
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
 # One environment per checkout: each wants its own front end.
