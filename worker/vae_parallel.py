@@ -27,6 +27,8 @@ from distvae.vae import (
 )
 from torch import nn
 
+from worker.vae_rows import use_lean_layers
+
 HEIGHT = -2  # rows are along it
 Coder = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,6 +58,7 @@ class SpreadVAE:
             parallelize_decoder(self._rows, group)
             parallelize_encoder(self._rows, group)
             _cut_bands(self._rows, spatial)
+            use_lean_layers(self._rows, self._context)
 
     def ranks_for(self, rows: int) -> int:
         """How many ranks decode or encode a picture of so many latent rows, when it is not tiled."""
