@@ -193,8 +193,8 @@ def test_out_of_memory_is_retried_in_tiles_once(folders: Any):
     group = worker_group(vae.parallel)
     vae.decode(socket_latent(vae, 8, 8))
     before = list(group.pids)
-    latent = socket_latent(vae, 160, 160)
-    _limit_memory(group.pids, 120_000_000)
+    latent = socket_latent(vae, 180, 180)
+    _limit_memory(group.pids, 150_000_000)
     try:
         pixels = vae.decode(latent)
         assert "ran out of memory with the whole picture, so it was done in tiles of 256 pixels" in vae.note

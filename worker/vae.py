@@ -15,6 +15,7 @@ from comfy_xdit.spec import ModelSpec
 from worker.autoencoders import AUTOENCODERS, diffusers_class
 from worker.loop import Run
 from worker.parallel import RankGroups
+from worker.store import give_back
 from worker.vae_files import ASIDE, StoredVAE, find
 from worker.vae_parallel import SpreadVAE
 
@@ -85,7 +86,7 @@ class VAE:
             decoded = self._spread.decode(self._family.to_decoder(self._module, one), tile)
             return None if decoded is None else self._family.to_pictures(decoded)
 
-        pixels = self._each(latent, decode, run)
+        pixels = self._each(latent, decode, run, tile)
         ranks = self._groups.world_size if tile else self._spread.ranks_for(latent.shape[-2])
         return None if pixels is None else {"pixels": pixels, "ranks": ranks}
 
@@ -118,10 +119,12 @@ class VAE:
             latent = self._spread.encode(one, tile, rows)
             return None if latent is None else self._family.to_socket(self._module, latent)
 
-        latents, ranks = self._each(centre, encode, run), 1 if tile else self._spread.ranks_for(rows)
+        latents, ranks = self._each(centre, encode, run, tile), 1 if tile else self._spread.ranks_for(rows)
         return None if latents is None else {"latent": latents, "ranks": ranks}
 
-    def _each(self, batch: torch.Tensor, work: Any, run: Run) -> torch.Tensor | None:
+    def _each(self, batch: torch.Tensor, work: Any, run: Run, tile: int) -> torch.Tensor | None:
+        if tile:  # memory was short, or is
+            give_back(self._groups.device)
         done, self._run = [], run
         try:
             for number, one in enumerate(batch.to(self.dtype).split(1), 1):
