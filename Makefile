@@ -29,6 +29,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.vae
 
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
 # One environment per checkout: each wants its own front end.

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.environment import ROOT
-from comfy_xdit.errors import Interrupted, InvalidInput, XDiTError
+from comfy_xdit.errors import Interrupted, XDiTError
 from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig, available_devices, parse_devices
 from comfy_xdit.spec import WEIGHT_DTYPES, ModelSpec
 
@@ -34,6 +34,7 @@ NEEDED = {
     "xfuser": "xfuser",
 }
 MAX_DEGREE = 64
+TILES = {"none": 0, "1024 px": 1024, "512 px": 512, "256 px": 256}  # of XDiTVAEDecode
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
@@ -129,12 +130,22 @@ def sample(model: Any, latent_image: dict[str, Any], steps: int, **inputs: Any) 
     return {**latent_image, "samples": finish(answer)}
 
 
-def decode(samples: dict[str, Any], vae: Any, tiling: str) -> Any:
-    """A LATENT to an IMAGE, (B, H, W, 3) in 0..1, in the ranks."""
-    surroundings().remote_of(vae)  # a stock VAE is refused by name
-    if tiling != "none":
-        raise InvalidInput(f"tiling {tiling!r} is not in this version; choose 'none'.")
-    return vae.decode(samples["samples"])
+def load_vae(name: str, parallel: ParallelConfig | Automatic | None) -> Any:
+    """A VAE over one file."""
+    from comfy_xdit.auto import layout_beside
+    from comfy_xdit.remote import RemoteVAE
+
+    here = surroundings()
+    spec = ModelSpec.of(here.vae_path(name), "vae")
+    return here.vae_of(loaded(RemoteVAE(spec, layout_beside(parallel or Automatic())), here))
+
+
+def decode(samples: dict[str, Any], vae: Any, tiling: str) -> tuple[Any, str]:
+    """A LATENT to an IMAGE, (B, H, W, 3) in 0..1, in the ranks, and what was special about it."""
+    here = surroundings()
+    remote = here.remote_of(vae)  # a stock VAE is refused by name
+    pixels = here.decode_latent(vae, samples["samples"], TILES[tiling])
+    return pixels.reshape(-1, *pixels.shape[-3:]), remote.note
 
 
 def status() -> str:
@@ -249,6 +260,25 @@ class XDiTLoadDiffusionModel:
         return (load_diffusion_model(unet_name, weight_dtype, parallel),)
 
 
+class XDiTLoadVAE:
+    """VAE from one file."""
+
+    TITLE = "xDiT Load VAE"
+    DESCRIPTION = "Loads a VAE into the ranks, which decode and encode together. Drop-in for Load VAE."
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in their order."""
+        file = {"tooltip": "Files in models/vae, and the demo of the pack."}
+        return {"required": {"vae_name": (surroundings().vaes(), file)}, "optional": {"parallel": _PARALLEL}}
+
+    def load(self, vae_name: str, parallel: ParallelConfig | Automatic | None = None) -> tuple[Any]:
+        """Start the ranks if need be, and have them load."""
+        return (load_vae(vae_name, parallel),)
+
+
 class XDiTSampler:
     """KSampler whose loop runs in the ranks."""
 
@@ -305,13 +335,17 @@ class XDiTVAEDecode:
             "required": {
                 "samples": ("LATENT", {"tooltip": "The latent to decode."}),
                 "vae": ("VAE", {"tooltip": "From an xDiT loader."}),
-                "tiling": (["none"], {"tooltip": "none: the whole picture at once."}),
+                "tiling": (
+                    list(TILES),
+                    {"tooltip": "none: exact, in rows over the ranks. Tiles: less memory, faint seams."},
+                ),
             }
         }
 
-    def decode(self, samples: dict[str, Any], vae: Any, tiling: str) -> tuple[Any]:
-        """Have the ranks decode."""
-        return (decode(samples, vae, tiling),)
+    def decode(self, samples: dict[str, Any], vae: Any, tiling: str) -> Any:
+        """Have the ranks decode; what was special (memory ran out, say) is shown on the node."""
+        image, note = decode(samples, vae, tiling)
+        return {"ui": {"text": [note]}, "result": (image,)} if note else (image,)
 
 
 class _Anything(str):
@@ -377,7 +411,15 @@ def unavailable(node: type, missing: list[str]) -> type:
     return type(node.__name__, (node,), {"INPUT_TYPES": inputs, node.FUNCTION: explain})
 
 
-NODES = (XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTSampler, XDiTVAEDecode, XDiTStatus)
+NODES = (
+    XDiTParallelConfig,
+    XDiTLoadPipeline,
+    XDiTLoadDiffusionModel,
+    XDiTLoadVAE,
+    XDiTSampler,
+    XDiTVAEDecode,
+    XDiTStatus,
+)
 for _node in NODES:
     _node.CATEGORY = "xDiT"
 

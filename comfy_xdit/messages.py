@@ -141,18 +141,27 @@ class EncodeText:
 
 @dataclass(frozen=True)
 class Decode:
-    """Latents (B, C, H, W), unscaled as in a LATENT socket, to pictures (B, H, W, 3) in 0..1."""
+    """Latents (B, C, [T,] H, W), unscaled as in a LATENT socket, to pictures.
+
+    `tile` is the edge of tiles in pixels, 0 is none. Answer: {"pixels": (B, 3, [T,] H, W), about
+    -1..1, "ranks": how many ranks worked}.
+    """
 
     spec: ModelSpec
     latent: torch.Tensor
+    tile: int = 0
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Pictures (B, H, W, 3) in 0..1 to latents (B, C, H, W), unscaled as in a LATENT socket."""
+    """Pictures (B, 3, [T,] H, W) in -1..1 to latents. `tile` as in `Decode`.
+
+    Answer: {"latent": (B, C, [T,] H, W), unscaled, "ranks": how many ranks worked}.
+    """
 
     spec: ModelSpec
     pixels: torch.Tensor
+    tile: int = 0
 
 
 @dataclass(frozen=True)

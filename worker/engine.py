@@ -113,13 +113,13 @@ class Engine:
         """Encode a prompt in this rank."""
         return self._require(message.spec).encode(message.prompts)
 
-    def decode(self, message: Decode, _run: Run) -> torch.Tensor:
-        """Latents to pictures in this rank."""
-        return self._require(message.spec).decode(message.latent)
+    def decode(self, message: Decode, run: Run) -> dict[str, Any] | None:
+        """Latents to pictures, by all ranks; they go to the host from rank 0 only."""
+        return self._require(message.spec).decode(message.latent, message.tile, run)
 
-    def encode(self, message: Encode, _run: Run) -> torch.Tensor:
-        """Pictures to latents in this rank."""
-        return self._require(message.spec).encode(message.pixels)
+    def encode(self, message: Encode, run: Run) -> dict[str, Any] | None:
+        """Pictures to latents, by all ranks; they go to the host from rank 0 only."""
+        return self._require(message.spec).encode(message.pixels, message.tile, run)
 
     def forget(self, message: Forget, _run: Run) -> None:
         """Let go of models, and of tensors that travelled before; or of everything."""
@@ -157,7 +157,7 @@ class Engine:
         if spec.kind == "text_encoders":
             return TextEncoders(spec, self._groups.device)
         if spec.kind == "vae":
-            return VAE(spec, self._groups.device)
+            return VAE(spec, self._groups)
         raise InvalidInput(f"{spec.kind!r} is nothing a rank loads")
 
     def _resolve(self, value: Any) -> Any:

@@ -37,6 +37,15 @@ class Run:
         if self._end.rank == 0:
             self._end.progress(self._job, step, steps, preview)
 
+    def pause(self) -> None:
+        """Call on EVERY rank where a long step may be left off.
+
+        Raises:
+            Interrupted: as `step`.
+        """
+        if self._agree(self.asked()):
+            self.stop(self.steps_done)
+
     def asked(self) -> bool:
         """Whether the host asked to stop; only rank 0 hears it."""
         return self._end.rank == 0 and self._end.interrupted(self._job)

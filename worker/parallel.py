@@ -90,6 +90,11 @@ class RankGroups:
         return bool(word.item())
 
     @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """All ranks, whatever their degrees; None where there is one."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
+    @property
     def branch(self) -> int:
         """Which part of a batch this rank computes."""
         return self.rank // (self.degrees.sequence * self.degrees.stages)

@@ -3,7 +3,7 @@
 `comfy_xdit.headless` offers the same functions for running without ComfyUI, and nodes.py uses
 whichever surroundings it finds. The shared names: begin, self_check, model_of, clip_of, vae_of, remote_of,
 sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
-diffusion_models, diffusion_model_path, pipelines, pipeline_path.
+diffusion_models, diffusion_model_path, pipelines, pipeline_path, vaes, vae_path, decode_latent.
 """
 
 from comfy_xdit.comfy_types.beginning import begin, self_check
@@ -13,15 +13,18 @@ from comfy_xdit.comfy_types.files import (
     diffusion_models,
     pipeline_path,
     pipelines,
+    vae_path,
+    vaes,
 )
 from comfy_xdit.comfy_types.interruption import interrupted, raise_if_interrupted
 from comfy_xdit.comfy_types.model import model_of, remote_of
 from comfy_xdit.comfy_types.sampling import progress, sample_request, samplers, schedulers
-from comfy_xdit.comfy_types.vae import vae_of
+from comfy_xdit.comfy_types.vae import decode_latent, vae_of
 
 __all__ = [
     "begin",
     "clip_of",
+    "decode_latent",
     "diffusion_model_path",
     "diffusion_models",
     "interrupted",
@@ -36,4 +39,6 @@ __all__ = [
     "schedulers",
     "self_check",
     "vae_of",
+    "vae_path",
+    "vaes",
 ]
