@@ -8,31 +8,20 @@ ComfyUI the graph's types come from comfy_xdit.comfy_types, elsewhere from comfy
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from comfy_xdit.environment import ROOT
-from comfy_xdit.errors import Interrupted, InvalidInput, XDiTError
+from comfy_xdit.errors import Interrupted, InvalidInput
+from comfy_xdit.lora import add_lora, lora_stamp
+from comfy_xdit.packages import install, missing_packages, unavailable
 from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig, available_devices, parse_devices
 from comfy_xdit.spec import WEIGHT_DTYPES, ModelSpec
 
 if TYPE_CHECKING:
     from comfy_xdit.remote import Remote
 
-# What is imported under which name, and what pip calls it.
-NEEDED = {
-    "torch": "torch",
-    "safetensors": "safetensors",
-    "numpy": "numpy",
-    "PIL": "pillow",
-    "diffusers": "diffusers",
-    "transformers": "transformers",
-    "accelerate": "accelerate",
-    "xfuser": "xfuser",
-}
 MAX_DEGREE = 64
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -290,6 +279,40 @@ class XDiTSampler:
         return (sample(**inputs),)
 
 
+class XDiTLoraLoader:
+    """A MODEL with a LoRA that the ranks read from its file."""
+
+    TITLE = "xDiT Lora Loader"
+    DESCRIPTION = (
+        "Adds a LoRA to an xDiT MODEL; the ranks read the file. Drop-in for LoraLoaderModelOnly, which "
+        "works with an xDiT MODEL as well."
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in LoraLoaderModelOnly's order."""
+        strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01, "round": 0.001}
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From an xDiT loader, or another LoRA node after it."}),
+                "lora_name": (surroundings().loras(), {"tooltip": "Files in models/loras."}),
+                "strength_model": ("FLOAT", strength | {"tooltip": "0: without it. Negative: its opposite."}),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name: str, **_: Any) -> tuple[int, int]:
+        """Another file under the same name is another LoRA."""
+        return lora_stamp(lora_name, surroundings())
+
+    def load(self, model: Any, lora_name: str, strength_model: float) -> dict[str, Any]:
+        """Have the ranks check the file; what it changes is shown on the node."""
+        patched, text = add_lora(model, lora_name, strength_model, surroundings())
+        return {"ui": {"text": [text]}, "result": (patched,)}
+
+
 class XDiTVAEDecode:
     """Latents to pictures in the ranks."""
 
@@ -355,29 +378,10 @@ class XDiTStatus:
 # ---------------------------------------------------------------------- what ComfyUI sees
 
 
-def missing_packages() -> list[str]:
-    """What pip has to install before the nodes can work."""
-    return [pip for name, pip in NEEDED.items() if importlib.util.find_spec(name) is None]
-
-
-def install(missing: list[str]) -> str:
-    """The command that installs it. The requirements leave out torch, which no pack may replace."""
-    torch = "torch " if "torch" in missing else ""
-    return f"{sys.executable} -m pip install {torch}-r {ROOT / 'requirements.txt'}"
-
-
-def unavailable(node: type, missing: list[str]) -> type:
-    """A node of the same name and outputs that says what is missing when it is executed."""
-    text = f"comfy_xdit needs {', '.join(missing)}, not installed in this Python. Run: {install(missing)}"
-
-    def explain(self: Any, **_: Any) -> None:
-        raise XDiTError(text)
-
-    inputs = classmethod(lambda cls: {"required": {}})
-    return type(node.__name__, (node,), {"INPUT_TYPES": inputs, node.FUNCTION: explain})
-
-
-NODES = (XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTSampler, XDiTVAEDecode, XDiTStatus)
+NODES = (
+    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoraLoader, XDiTSampler, XDiTVAEDecode,
+    XDiTStatus,
+)  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"
 

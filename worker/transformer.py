@@ -14,6 +14,7 @@ from comfy_xdit.spec import ModelSpec
 from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals
+from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import ModelFamily, to_whole_patches
 from worker.parallel import Degrees, RankGroups, SequenceParallel, Shard
@@ -40,6 +41,7 @@ class Transformer:
             )
         self._checkpoint, self._tokens, self._patched = checkpoint, None, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
+        self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
         with init_empty_weights():
             self.module = self.family.build(self.config)
         _check_complete(self.module, self._mapping, checkpoint, spec.path)
@@ -56,7 +58,9 @@ class Transformer:
         self.family.prepare(self.module)
         native = self.family.native_mapping(self.config)
         weights = self.module.state_dict()
-        self._patched = PatchedWeights(weights, native, self._checkpoint, self._mapping, self.dtype)
+        self._patched = PatchedWeights(
+            weights, native, self._checkpoint, self._mapping, self.dtype, self.loras
+        )
         if self._groups.degrees.sequence > 1:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
         own = self._tokens.own_image if self._tokens else lambda tokens: tokens

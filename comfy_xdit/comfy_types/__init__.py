@@ -3,7 +3,7 @@
 `comfy_xdit.headless` offers the same functions for running without ComfyUI, and nodes.py uses
 whichever surroundings it finds. The shared names: begin, self_check, model_of, clip_of, vae_of, remote_of,
 sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
-diffusion_models, diffusion_model_path, pipelines, pipeline_path.
+diffusion_models, diffusion_model_path, loras, lora_path, with_file, pipelines, pipeline_path.
 """
 
 from comfy_xdit.comfy_types.beginning import begin, self_check
@@ -11,11 +11,13 @@ from comfy_xdit.comfy_types.clip import clip_of
 from comfy_xdit.comfy_types.files import (
     diffusion_model_path,
     diffusion_models,
+    lora_path,
+    loras,
     pipeline_path,
     pipelines,
 )
 from comfy_xdit.comfy_types.interruption import interrupted, raise_if_interrupted
-from comfy_xdit.comfy_types.model import model_of, remote_of
+from comfy_xdit.comfy_types.model import model_of, remote_of, with_file
 from comfy_xdit.comfy_types.sampling import progress, sample_request, samplers, schedulers
 from comfy_xdit.comfy_types.vae import vae_of
 
@@ -25,6 +27,8 @@ __all__ = [
     "diffusion_model_path",
     "diffusion_models",
     "interrupted",
+    "lora_path",
+    "loras",
     "model_of",
     "pipeline_path",
     "pipelines",
@@ -36,4 +40,5 @@ __all__ = [
     "schedulers",
     "self_check",
     "vae_of",
+    "with_file",
 ]
