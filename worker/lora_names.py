@@ -93,7 +93,7 @@ class LoraNames:
             if name.endswith(ending):
                 written = name.removesuffix(ending)
                 module = self._module(written)
-                if module is not None:
+                if module is not None and (kind != "bias" or self.bias(module)):
                     return Place(written, module, kind, part)
         module = self._module(name)
         if module is not None and name.endswith(".scale"):  # BFL's files bring whole norms
