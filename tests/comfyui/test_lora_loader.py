@@ -123,7 +123,7 @@ def test_kinds(run_node, sd3, lora, kind):
     by_ours = added(run_node, sd3.ours, (OURS, name, 0.7))
     expected = called(sd3, added(run_node, sd3.stock, (STOCK, name, 0.7)))
     assert relative_l2(called(sd3, by_ours), expected) <= PER_CALL
-    assert relative_l2(called(sd3, sd3.stock), expected) > 1e2 * PER_CALL
+    assert relative_l2(called(sd3, sd3.stock), expected) > 50 * PER_CALL
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
