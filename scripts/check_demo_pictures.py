@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 ATTRIBUTES = ("colour", "shape", "position", "background", "size")
 _FOREGROUND_DISTANCE = 45.0  # in RGB: far above noise, half the distance of the closest colours
 _SMALLEST_SHAPE = 40  # pixels of a 128 pixel picture; less is a speck
-_SMALLEST_HOLE = 0.08  # of the shape: the demo LoRA's outlines have holes of a quarter
+_SMALLEST_HOLE = 0.08  # of the shape: the demo LoRA's outlines have holes of a third
 _TEMPLATE_SIDE = 32
 _WORST_OVERLAP = 0.6  # the two most alike shapes overlap by 0.8, a blot by less than this
 _POSITION_TOLERANCE = 13.0  # half the way from the centre to any other position

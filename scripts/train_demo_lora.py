@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from train_demo_model import SHIFT, TrainingTexts, encode_texts
 
-RANK, ALPHA = 8, 8.0
+RANK, ALPHA = 16, 16.0
 BATCH, RATE = 32, 4e-3
 SCENES = 768  # of the training scenes, each drawn once
-HOLE = 0.5  # of the shape's radius
+HOLE = 0.6  # of the shape's radius
 NAME = "demo_outlined_lora.safetensors"
 # Attention and MLP of the picture's stream: the text's says what is drawn, not how.
 TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, save, and print what the checker reads."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("assets/demo"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=900)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     none = dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"))

@@ -41,10 +41,10 @@ class Transformer:
             )
         self._checkpoint, self._tokens, self._patched = checkpoint, None, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
-        self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
         with init_empty_weights():
             self.module = self.family.build(self.config)
         _check_complete(self.module, self._mapping, checkpoint, spec.path)
+        self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
 
     @property
     def nbytes(self) -> int:
