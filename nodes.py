@@ -1,158 +1,33 @@
 """The nodes: widgets to a spec or a request, to the ranks, to the types the graph carries.
 
 Classes are thin and hold no state: what they return is a light handle, and the ranks compare it
-with what they have. This file imports with nothing but the standard library installed; inside
-ComfyUI the graph's types come from comfy_xdit.comfy_types, elsewhere from comfy_xdit.headless.
+with what they have. This file imports with nothing but the standard library installed; what
+the nodes do is in comfy_xdit.work.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from comfy_xdit.environment import ROOT
-from comfy_xdit.errors import Interrupted, XDiTError
-from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig, available_devices, parse_devices
-from comfy_xdit.spec import WEIGHT_DTYPES, ModelSpec
+from comfy_xdit.lora import add_lora, lora_stamp
+from comfy_xdit.packages import install, missing_packages, unavailable
+from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig
+from comfy_xdit.spec import WEIGHT_DTYPES
+from comfy_xdit.work import (
+    TILES,
+    decode,
+    load_diffusion_model,
+    load_pipeline,
+    load_vae,
+    parallel_config,
+    sample,
+    status,
+    surroundings,
+)
 
-if TYPE_CHECKING:
-    from comfy_xdit.remote import Remote
-
-# What is imported under which name, and what pip calls it.
-NEEDED = {
-    "torch": "torch",
-    "safetensors": "safetensors",
-    "numpy": "numpy",
-    "PIL": "pillow",
-    "diffusers": "diffusers",
-    "transformers": "transformers",
-    "accelerate": "accelerate",
-    "xfuser": "xfuser",
-}
 MAX_DEGREE = 64
-TILES = {"none": 0, "1024 px": 1024, "512 px": 512, "256 px": 256}  # of XDiTVAEDecode
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
-
-
-def surroundings() -> ModuleType:
-    """comfy_types inside ComfyUI, headless elsewhere: the same functions either way."""
-    inside = "comfy" in sys.modules and "folder_paths" in sys.modules
-    return importlib.import_module("comfy_xdit.comfy_types" if inside else "comfy_xdit.headless")
-
-
-# ---------------------------------------------------------------------- what the nodes do
-
-
-def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConfig | Automatic:
-    """What XDiTParallelConfig describes, checked against this machine; the loader chooses for `auto`.
-
-    Raises:
-        InvalidInput: a device that is not there, or degrees that do not fit the devices.
-    """
-    available = available_devices()
-    chosen = parse_devices(devices, available)
-    if strategy == "auto":
-        return Automatic(chosen)
-    return ParallelConfig(devices=chosen, **widgets).check(available)
-
-
-def loaded(remote: Remote, here: ModuleType) -> Remote:
-    """The handle, once its spec is in the ranks: a bad file is an error of the loader node."""
-    here.begin()
-    try:
-        remote.load(interrupted=here.interrupted)
-    except Interrupted:
-        here.raise_if_interrupted()
-        raise
-    return remote
-
-
-def planned(parallel: ParallelConfig | Automatic | None, spec: ModelSpec, here: ModuleType) -> ParallelConfig:
-    """The layout for the transformer `spec`: the one that is given, or the planner's."""
-    from comfy_xdit.auto import layout_of
-
-    here.begin()
-    try:
-        return layout_of(parallel or Automatic(), spec, here.interrupted)
-    except Interrupted:
-        here.raise_if_interrupted()
-        raise
-
-
-def load_diffusion_model(
-    unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
-) -> Any:
-    """A MODEL over one diffusion model file."""
-    from comfy_xdit.remote import RemoteModel
-
-    here = surroundings()
-    spec = ModelSpec.of(here.diffusion_model_path(unet_name), "transformer", weight_dtype)
-    layout = planned(parallel, spec, here)
-    return here.model_of(loaded(RemoteModel(spec, layout), here))
-
-
-def load_pipeline(
-    name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
-) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE over one diffusers folder."""
-    from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
-
-    here = surroundings()
-    folder = here.pipeline_path(name)
-    layout = planned(parallel, ModelSpec.of(folder, "transformer", weight_dtype), here)
-
-    def handle(kind: str, remote: type[Remote]) -> Remote:
-        return loaded(remote(ModelSpec.of(folder, kind, weight_dtype), layout), here)
-
-    return (
-        here.model_of(handle("transformer", RemoteModel)),
-        here.clip_of(handle("text_encoders", RemoteTextEncoders)),
-        here.vae_of(handle("vae", RemoteVAE)),
-    )
-
-
-def sample(model: Any, latent_image: dict[str, Any], steps: int, **inputs: Any) -> dict[str, Any]:
-    """KSampler's work, with the whole loop in the ranks. Returns a LATENT."""
-    here = surroundings()
-    remote = here.remote_of(model)
-    request, finish = here.sample_request(model, steps=steps, latent=latent_image, **inputs)
-    if len(request.sigmas) < 2:  # denoise 0: nothing to do, as in KSampler
-        return latent_image
-    try:
-        answer = remote.sample(request, on_progress=here.progress(model, steps), interrupted=here.interrupted)
-    except Interrupted:
-        here.raise_if_interrupted()
-        raise
-    return {**latent_image, "samples": finish(answer)}
-
-
-def load_vae(name: str, parallel: ParallelConfig | Automatic | None) -> Any:
-    """A VAE over one file."""
-    from comfy_xdit.auto import layout_beside
-    from comfy_xdit.remote import RemoteVAE
-
-    here = surroundings()
-    spec = ModelSpec.of(here.vae_path(name), "vae")
-    return here.vae_of(loaded(RemoteVAE(spec, layout_beside(parallel or Automatic())), here))
-
-
-def decode(samples: dict[str, Any], vae: Any, tiling: str) -> tuple[Any, str]:
-    """A LATENT to an IMAGE, (B, H, W, 3) in 0..1, in the ranks, and what was special about it."""
-    here = surroundings()
-    remote = here.remote_of(vae)  # a stock VAE is refused by name
-    pixels = here.decode_latent(vae, samples["samples"], TILES[tiling])
-    return pixels.reshape(-1, *pixels.shape[-3:]), remote.note
-
-
-def status() -> str:
-    """What runs in the ranks, in words."""
-    from comfy_xdit.status import report
-
-    return report(surroundings().self_check())
 
 
 # ---------------------------------------------------------------------- the node classes
@@ -320,6 +195,40 @@ class XDiTSampler:
         return (sample(**inputs),)
 
 
+class XDiTLoraLoader:
+    """A MODEL with a LoRA that the ranks read from its file."""
+
+    TITLE = "xDiT Lora Loader"
+    DESCRIPTION = (
+        "Adds a LoRA to an xDiT MODEL; the ranks read the file. Drop-in for LoraLoaderModelOnly, which "
+        "works with an xDiT MODEL as well."
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in LoraLoaderModelOnly's order."""
+        strength = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01, "round": 0.001}
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "From an xDiT loader, or another LoRA node after it."}),
+                "lora_name": (surroundings().loras(), {"tooltip": "Files in models/loras."}),
+                "strength_model": ("FLOAT", strength | {"tooltip": "0: without it. Negative: its opposite."}),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, lora_name: str, **_: Any) -> tuple[int, int]:
+        """Another file under the same name is another LoRA."""
+        return lora_stamp(lora_name, surroundings())
+
+    def load(self, model: Any, lora_name: str, strength_model: float) -> dict[str, Any]:
+        """Have the ranks check the file; what it changes is shown on the node."""
+        patched, text = add_lora(model, lora_name, strength_model, surroundings())
+        return {"ui": {"text": [text]}, "result": (patched,)}
+
+
 class XDiTVAEDecode:
     """Latents to pictures in the ranks."""
 
@@ -389,37 +298,10 @@ class XDiTStatus:
 # ---------------------------------------------------------------------- what ComfyUI sees
 
 
-def missing_packages() -> list[str]:
-    """What pip has to install before the nodes can work."""
-    return [pip for name, pip in NEEDED.items() if importlib.util.find_spec(name) is None]
-
-
-def install(missing: list[str]) -> str:
-    """The command that installs it. The requirements leave out torch, which no pack may replace."""
-    torch = "torch " if "torch" in missing else ""
-    return f"{sys.executable} -m pip install {torch}-r {ROOT / 'requirements.txt'}"
-
-
-def unavailable(node: type, missing: list[str]) -> type:
-    """A node of the same name and outputs that says what is missing when it is executed."""
-    text = f"comfy_xdit needs {', '.join(missing)}, not installed in this Python. Run: {install(missing)}"
-
-    def explain(self: Any, **_: Any) -> None:
-        raise XDiTError(text)
-
-    inputs = classmethod(lambda cls: {"required": {}})
-    return type(node.__name__, (node,), {"INPUT_TYPES": inputs, node.FUNCTION: explain})
-
-
 NODES = (
-    XDiTParallelConfig,
-    XDiTLoadPipeline,
-    XDiTLoadDiffusionModel,
-    XDiTLoadVAE,
-    XDiTSampler,
-    XDiTVAEDecode,
-    XDiTStatus,
-)
+    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader, XDiTSampler,
+    XDiTVAEDecode, XDiTStatus,
+)  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"
 

@@ -7,28 +7,31 @@ XDIT_MODELS_DIR, and paths typed into a widget are offered.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from comfy_xdit import conversion
+from comfy_xdit import conversion, patches
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.messages import Progress, Sample
 from comfy_xdit.remote import Remote, RemoteModel, RemoteTextEncoders, RemoteVAE
 from comfy_xdit.schedulers import SCHEDULERS
+from comfy_xdit.spec import LoraFile
 
 SAMPLERS = conversion.SAMPLERS
-MODELS_DIR = "XDIT_MODELS_DIR"  # environment: a folder with diffusers/, diffusion_models/ and vae/ in it
+MODELS_DIR = "XDIT_MODELS_DIR"  # environment: a folder with diffusers/, diffusion_models/, loras/, vae/ in it
 INDEX = "model_index.json"
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+DEMO_LORAS = {"demo_outlined (comfy_xdit).safetensors": DEMO / "demo_outlined_lora.safetensors"}
 
 ShowStep = Callable[[int, int], None]  # (steps done, steps)
 _show_step: ContextVar[ShowStep | None] = ContextVar("show_step", default=None)
@@ -102,7 +105,7 @@ def sample_request(
     """
     remote = remote_of(model)
     info = remote.info or remote.load(interrupted=interrupted)
-    return conversion.build_sample(
+    request, finish = conversion.build_sample(
         remote.spec,
         info,
         seed=seed,
@@ -115,6 +118,12 @@ def sample_request(
         latent=latent,
         denoise=denoise,
     )
+    return replace(request, patches=remote.patches), finish
+
+
+def with_file(model: RemoteModel, file: LoraFile, weights: Iterable[str], strength: float) -> RemoteModel:
+    """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
+    return replace(model, patches=patches.with_file(model.patches, file, weights, strength))
 
 
 def samplers() -> list[str]:
@@ -185,12 +194,7 @@ class Names(list[str]):
 
 def diffusion_models() -> Names:
     """Names for a widget: files below XDIT_MODELS_DIR/diffusion_models, then the demo."""
-    found = [
-        path.relative_to(folder).as_posix()
-        for folder in _folders("diffusion_models")
-        for path in folder.rglob("*.safetensors")
-    ]
-    return Names(sorted(found) + _present(DEMO_DIFFUSION_MODELS))
+    return Names(sorted(_below("diffusion_models")) + _present(DEMO_DIFFUSION_MODELS))
 
 
 def diffusion_model_path(name: str) -> Path:
@@ -206,6 +210,27 @@ def diffusion_model_path(name: str) -> Path:
     raise InvalidInput(
         f"no diffusion model {name!r}; give the path of a safetensors file, or put it into "
         f"diffusion_models/ of the folder named by {MODELS_DIR}."
+    )
+
+
+def loras() -> Names:
+    """Names for a widget: files below XDIT_MODELS_DIR/loras, then the demo's."""
+    return Names(sorted(_below("loras")) + _present(DEMO_LORAS))
+
+
+def lora_path(name: str) -> Path:
+    """The file behind a name of `loras`, or the path `name` itself.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    demo = DEMO_LORAS.get(name)
+    for path in [*([demo] if demo else []), *(f / name for f in _folders("loras")), Path(name)]:
+        if path.is_file():
+            return path
+    raise InvalidInput(
+        f"no LoRA {name!r}; give the path of a safetensors file, or put it into loras/ of the folder "
+        f"named by {MODELS_DIR}."
     )
 
 
@@ -264,6 +289,14 @@ def vae_path(name: str) -> Path:
 def _folders(kind: str) -> list[Path]:
     root = os.environ.get(MODELS_DIR)
     return [Path(root) / kind] if root and (Path(root) / kind).is_dir() else []
+
+
+def _below(kind: str) -> list[str]:
+    return [
+        path.relative_to(folder).as_posix()
+        for folder in _folders(kind)
+        for path in folder.rglob("*.safetensors")
+    ]
 
 
 def _present(demo: dict[str, Path]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.spec import LoraFile, ModelSpec
 
 # ------------------------------------------------------------------ host -> ranks
 
@@ -32,12 +32,25 @@ class Check:
 
 
 @dataclass(frozen=True)
+class CheckLora:
+    """Say what `file` changes of the transformer `spec`, without changing it.
+
+    Answer: {"weights": native names of what it changes, "unmatched": names of its tensors that match
+    nothing, "text_encoders": how many are for text encoders}.
+    """
+
+    spec: ModelSpec
+    file: LoraFile
+
+
+@dataclass(frozen=True)
 class Patch:
     """One change of one weight, as a LoRA file describes it, in ComfyUI's terms.
 
     `kind` is lora, loha, lokr, glora, oft, boft, diff or set; `tensors` are those of the kind, by
     name. It changes `length` slices of dimension `dim` from `start` on, if `offset` is (dim, start,
     length). The weight is scaled by `base` before; `swapped` exchanges the halves of the change.
+    The kind `file` stands for everything `file` says of the weight; the ranks read it.
     """
 
     kind: str
@@ -47,6 +60,7 @@ class Patch:
     alpha: float | None = None
     offset: tuple[int, int, int] | None = None
     swapped: bool = False
+    file: LoraFile | None = None
 
 
 @dataclass(frozen=True)
@@ -229,8 +243,9 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Check, Denoise, Keep, Known, Patch, PatchSet, Sample, EncodeText, Decode, Encode, Stop,
-        Forget, Status, Ready, Progress, Result, Failure, Cancelled, ModelSpec, ParallelConfig,
+        Load, Check, CheckLora, Denoise, Keep, Known, Patch, PatchSet, Sample, EncodeText, Decode, Encode,
+        Stop, Forget, Status, Ready, Progress, Result, Failure, Cancelled, ModelSpec, LoraFile,
+        ParallelConfig,
     )
 }  # fmt: skip
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import NO_PATCHES, Keep, Known, Patch, PatchSet, flatten
+from comfy_xdit.spec import LoraFile
 
 # What the ranks keep of sets that are not in use, for graphs that switch between them.
 KEPT_BYTES = 2 << 30
@@ -38,6 +40,18 @@ def patch_set(weights: Weights) -> PatchSet:
     return PatchSet(hashlib.sha256(text.encode()).hexdigest(), named)
 
 
+def with_file(patches: PatchSet, file: LoraFile, weights: Iterable[str], strength: float) -> PatchSet:
+    """A set of files alone, and after them `file`, which changes `weights`."""
+    further = file_patch(file, strength)
+    held = patches.weights or {}
+    return patch_set({**held, **{key: (*held.get(key, ()), further) for key in weights}})
+
+
+def file_patch(file: LoraFile, strength: float) -> Patch:
+    """What `file` says of a weight."""
+    return Patch("file", {}, strength, file=file)
+
+
 class SentPatches:
     """Which sets the ranks hold. They hold a tensor as long as a set that has it."""
 
@@ -45,11 +59,18 @@ class SentPatches:
         self._generation = -1
         self._held: dict[str, dict[str, int]] = {}  # set -> its tensors and their bytes
         self._forget: list[str] = []
+        self._last = ""
 
     def refer(self, patches: PatchSet, generation: int) -> PatchSet:
-        """`patches` without what the ranks hold, and with the names of sets they may drop."""
+        """`patches` without what the ranks hold, and with the names of sets they may drop.
+
+        Raises:
+            InvalidInput: a file that they would have to read now has gone or changed.
+        """
         if generation != self._generation:  # new processes hold nothing
-            self._generation, self._held, self._forget = generation, {}, []
+            self._generation, self._held, self._forget, self._last = generation, {}, [], ""
+        if patches.name != self._last:
+            self._check_files(patches)
         weights = None
         if patches.name in self._held:
             self._held[patches.name] = self._held.pop(patches.name)  # most recently used last
@@ -62,13 +83,18 @@ class SentPatches:
             del self._held[oldest]
             self._forget.append(oldest)
         forget = tuple(name for name in self._forget if name != patches.name)
-        self._forget = []
+        self._forget, self._last = [], patches.name
         return PatchSet(patches.name, weights, forget)
 
     def reset(self) -> None:
         """After a failed call nobody knows what arrived: send everything anew."""
         self._forget += list(self._held)
-        self._held = {}
+        self._held, self._last = {}, ""
+
+    def _check_files(self, patches: PatchSet) -> None:
+        """Asked here, before any rank has begun: one that found out alone would leave the others waiting."""
+        for file in {p.file for group in (patches.weights or {}).values() for p in group if p.file}:
+            file.check()
 
     def _tensors(self) -> dict[str, int]:
         return {name: size for tensors in self._held.values() for name, size in tensors.items()}

@@ -20,6 +20,7 @@ from comfy_xdit.group import holders, running_groups, worker_group
 from comfy_xdit.messages import (
     NO_PATCHES,
     Check,
+    CheckLora,
     Decode,
     Denoise,
     Encode,
@@ -35,7 +36,7 @@ from comfy_xdit.messages import (
 from comfy_xdit.parallel import ParallelConfig, available_devices
 from comfy_xdit.patches import SentPatches
 from comfy_xdit.refine import Calls
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.spec import LoraFile, ModelSpec
 
 Interrupt = Callable[[], bool]
 # Smaller tensors cost less to send than to compare.
@@ -127,12 +128,12 @@ class Remote:
         self.info = self._call(Load(self.spec), interrupted=interrupted).value
         return self.info
 
-    def _call(self, message: Any, **options: Any) -> Result:
+    def _call(self, message: Any, only: tuple[int, ...] | None = None, **options: Any) -> Result:
         group = worker_group(self.parallel)
         if not self._is_held:
             holders.hold(self, group.parallel, self.spec, self.sent)
             self._is_held = True
-        return group.call(message, ranks=self.ranks, **options)
+        return group.call(message, ranks=only or self.ranks, **options)
 
 
 @dataclass
@@ -142,6 +143,14 @@ class RemoteModel(Remote):
     sent: SentTensors = field(default_factory=SentTensors, repr=False)
     patches: PatchSet = field(default=NO_PATCHES, repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
+
+    def check_lora(self, file: LoraFile, interrupted: Interrupt | None = None) -> dict[str, Any]:
+        """What `file` changes of this model (see `CheckLora`); nothing is changed yet.
+
+        Raises:
+            InvalidInput: the file is damaged, or none for this model.
+        """
+        return self._call(CheckLora(self.spec, file), only=(0,), interrupted=interrupted).value
 
     def denoise(
         self,

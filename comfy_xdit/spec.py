@@ -48,3 +48,41 @@ def _stamp(path: Path) -> tuple[int, int]:
     files = [path] if path.is_file() else sorted(path.rglob("*.*"))
     stats = [f.stat() for f in files if f.suffix in (".safetensors", ".json", ".txt")]
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file on disk, which the ranks read themselves.
+
+    Args:
+        path: absolute path of a safetensors file.
+        stamp: its size in bytes and its modification time in ns: a changed file is another LoRA.
+    """
+
+    path: str
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: str | Path) -> LoraFile:
+        """Describe the file at `path` now.
+
+        Raises:
+            InvalidInput: it is no file.
+        """
+        path = Path(path).absolute()
+        if not path.is_file():
+            raise InvalidInput(f"no LoRA file at {path}; choose one that exists.")
+        stat = path.stat()
+        return cls(str(path), (stat.st_size, stat.st_mtime_ns))
+
+    @property
+    def name(self) -> str:
+        """Its name without the folder, for messages."""
+        return Path(self.path).name
+
+    def check(self) -> None:
+        """Raise InvalidInput if it is no longer the file it was."""
+        if LoraFile.of(self.path) != self:
+            raise InvalidInput(
+                f"{self.path} was changed after the node that loads it had run; run the workflow again."
+            )

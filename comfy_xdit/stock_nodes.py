@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from comfy_xdit import headless, pictures
 from comfy_xdit.errors import Interrupted, InvalidInput
+from comfy_xdit.lora import add_lora
 from comfy_xdit.pictures import Folders
 from comfy_xdit.prompt import parse_weights
 from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
@@ -159,6 +160,24 @@ class KSampler:
             headless.raise_if_interrupted()
             raise
         return ({**latent_image, "samples": finish(answer)},)
+
+
+class LoraLoaderModelOnly:
+    """A LoRA on a MODEL; here the ranks read the file."""
+
+    RETURN_TYPES, FUNCTION = ("MODEL",), "load_lora_model_only"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in ComfyUI's order."""
+        strength = ("FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0})
+        return {
+            "required": {"model": ("MODEL",), "lora_name": (headless.loras(),), "strength_model": strength}
+        }
+
+    def load_lora_model_only(self, model: RemoteModel, lora_name: str, strength_model: float) -> tuple[Any]:
+        """As XDiTLoraLoader."""
+        return (add_lora(model, lora_name, strength_model, headless)[0],)
 
 
 class VAEDecode:
@@ -339,7 +358,7 @@ def _with_option(conditioning: list[Any], name: str, value: Any) -> list[Any]:
 
 NODES = (
     EmptyLatentImage, EmptySD3LatentImage, CLIPTextEncode, CLIPTextEncodeFlux, FluxGuidance,
-    ConditioningZeroOut, KSampler, VAEDecode, VAEEncode, SetLatentNoiseMask, LatentUpscaleBy, ImageScale,
-    LoadImage, SaveImage, PreviewImage,
+    ConditioningZeroOut, LoraLoaderModelOnly, KSampler, VAEDecode, VAEEncode, SetLatentNoiseMask,
+    LatentUpscaleBy, ImageScale, LoadImage, SaveImage, PreviewImage,
 )  # fmt: skip
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

@@ -20,6 +20,7 @@ from comfy_xdit.remote import RemoteModel
 from comfy_xdit.spec import ModelSpec
 from tests import tiny
 from worker.checkpoints import Checkpoint
+from worker.lora_files import LoraFiles
 from worker.patching import PatchedWeights, PatchStore
 
 TWO = ParallelConfig(ulysses_degree=2)
@@ -166,7 +167,9 @@ def loaded(model):
     mapping = model.family.mapping(checkpoint.shapes, config)
     weights = checkpoint.tensors(mapping, torch.float32)
     native = model.family.native_mapping(config)
-    return PatchedWeights(weights, native, checkpoint, mapping, torch.float32), weights, PatchStore()
+    loras = LoraFiles(model.family, config, checkpoint.shapes)
+    patched = PatchedWeights(weights, native, checkpoint, mapping, torch.float32, loras)
+    return patched, weights, PatchStore()
 
 
 def test_only_weights_whose_patches_differ_are_written(model, loaded):
@@ -190,7 +193,9 @@ def test_a_file_that_changed_is_not_mixed_with_what_was_loaded(model, tmp_path):
     checkpoint = Checkpoint.at(file)
     config = model.family.config(checkpoint.shapes)
     mapping = model.family.mapping(checkpoint.shapes, config)
-    patched = PatchedWeights({}, model.family.native_mapping(config), checkpoint, mapping, torch.float32)
+    native = model.family.native_mapping(config)
+    loras = LoraFiles(model.family, config, checkpoint.shapes)
+    patched = PatchedWeights({}, native, checkpoint, mapping, torch.float32, loras)
     store, wanted = PatchStore(), patch_set(patches(model))
     store.take(wanted)
     os.utime(file, ns=(1, 1))

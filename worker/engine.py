@@ -13,6 +13,7 @@ import torch
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import (
     Check,
+    CheckLora,
     Decode,
     Denoise,
     Encode,
@@ -54,6 +55,7 @@ class Engine:
         return {
             Load: self.load,
             Check: self.check,
+            CheckLora: self.check_lora,
             Denoise: self.denoise,
             Sample: self.sample,
             EncodeText: self.encode_text,
@@ -87,6 +89,11 @@ class Engine:
         """
         opened = self._open(message.spec, Degrees.of(message.parallel))
         return opened.describe() if isinstance(opened, Transformer) else None
+
+    def check_lora(self, message: CheckLora, _run: Run) -> dict[str, Any]:
+        """What a LoRA file would change; the model's header is enough where it is not loaded."""
+        opened = self._models.get(message.spec) or self._open(message.spec, self._groups.degrees)
+        return opened.loras.check(message.file)
 
     def denoise(self, message: Denoise, _run: Run) -> torch.Tensor | None:
         """One transformer call; the output goes to the host from rank 0 only."""

@@ -13,6 +13,7 @@ from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Keep, Known, Patch, PatchSet
 from worker.adapters import Tensors, patched
 from worker.checkpoints import Checkpoint, Source
+from worker.lora_files import FileTensor, LoraFiles
 
 Weights = dict[str, tuple[Patch, ...]]
 COMPUTE_DTYPE = torch.float32
@@ -47,10 +48,11 @@ class PatchStore:
         return self._sets[name]
 
     def tensors(self, patch: Patch, device: torch.device) -> Tensors:
-        """The tensors of a patch, to compute with."""
-        return {
-            part: self._tensors[known.name].to(device, COMPUTE_DTYPE) for part, known in patch.tensors.items()
-        }
+        """The tensors of a patch, to compute with; those of a file are read from it each time."""
+        return {part: self._read(tensor).to(device, COMPUTE_DTYPE) for part, tensor in patch.tensors.items()}
+
+    def _read(self, tensor: Known | FileTensor) -> torch.Tensor:
+        return tensor.read() if isinstance(tensor, FileTensor) else self._tensors[tensor.name]
 
     def _keep(self, patch: Patch) -> Patch:
         for tensor in patch.tensors.values():
@@ -68,6 +70,7 @@ class PatchedWeights:
         native: where each of them is in the original release's naming, which patches use.
         checkpoint: the file, and `mapping`: where each of them is in it.
         dtype: what the file's tensors are cast to.
+        loras: what patches of the kind `file` stand for.
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class PatchedWeights:
         checkpoint: Checkpoint,
         mapping: dict[str, Source],
         dtype: torch.dtype,
+        loras: LoraFiles,
     ):
         self._weights, self._checkpoint, self._mapping, self._dtype = weights, checkpoint, mapping, dtype
+        self._loras = loras
         self._pieces: dict[str, list[tuple[str, Source]]] = {}
         for name, source in native.items():
             self._pieces.setdefault(source.key, []).append((name, source))
@@ -95,7 +100,7 @@ class PatchedWeights:
         """
         if name == self._name:
             return 0
-        wanted = store.weights(name)
+        wanted = self._loras.expand(store.weights(name))
         unknown = sorted(wanted.keys() - self._pieces.keys())
         if unknown:
             raise InvalidInput(

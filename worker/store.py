@@ -56,6 +56,10 @@ class ModelStore:
         self._models.move_to_end(spec)
         return self._models[spec]
 
+    def get(self, spec: ModelSpec) -> Model | None:
+        """The model of this spec if it is loaded."""
+        return self._models.get(spec)
+
     def drop(self, specs: Iterable[ModelSpec] | None) -> None:
         """Let go of `specs`, or of all."""
         gone = [self._models.pop(s, None) for s in (list(self._models) if specs is None else specs)]

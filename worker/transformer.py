@@ -14,6 +14,7 @@ from comfy_xdit.spec import ModelSpec
 from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals
+from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import ModelFamily, to_whole_patches
 from worker.parallel import Degrees, RankGroups, SequenceParallel, use_parallel_attention
@@ -44,6 +45,7 @@ class Transformer:
         with init_empty_weights():
             self.module = self.family.build(self.config)
         _check_complete(self.module, self._mapping, checkpoint, spec.path)
+        self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
         self._parameters = sum(p.numel() for p in self.module.parameters())
         self.stage: Stage | None = None
         if degrees.stages > 1:
@@ -63,7 +65,9 @@ class Transformer:
         self.module.to(self._groups.device).eval().requires_grad_(False)
         native = self.family.native_mapping(self.config)
         weights = self.module.state_dict()
-        self._patched = PatchedWeights(weights, native, self._checkpoint, self._mapping, self.dtype)
+        self._patched = PatchedWeights(
+            weights, native, self._checkpoint, self._mapping, self.dtype, self.loras
+        )
         if self.stage is not None:
             use_parallel_attention(self.module, self._groups.degrees)
             return

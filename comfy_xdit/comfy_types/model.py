@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -16,6 +16,7 @@ from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import Remote, RemoteModel
+from comfy_xdit.spec import LoraFile
 
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
 # around the transformer's call, on the host, where it is.
@@ -66,6 +67,11 @@ def remote_of(thing: Any) -> Remote:
                 f"this one is a stock {kind}. Use the stock node with it, or load it with an xDiT loader."
             )
     raise InvalidInput(f"{type(thing).__name__} is neither a MODEL, a CLIP nor a VAE; connect one of them.")
+
+
+def with_file(model: RemotePatcher, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
+    """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
+    return model.with_file(file, weights, strength)
 
 
 def compute_dtype(remote: RemoteModel) -> torch.dtype:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from comfy_xdit.comfy_types.patches import counts, describe
+from comfy_xdit.comfy_types.patches import PREFIX, counts, describe
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import NO_PATCHES, PatchSet
 from comfy_xdit.remote import RemoteModel
+from comfy_xdit.spec import LoraFile
 
 HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 
@@ -52,6 +54,17 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         if self._described[0] != self.patches_uuid:
             self._described = (self.patches_uuid, describe(self.patches))
         return self._described[1]
+
+    def with_file(self, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
+        """A clone with `file`, which changes `weights` (native names), after the patches there are."""
+        other = self.clone()
+        keys = {PREFIX + name for name in weights}
+        missing = keys - set(other.add_patches(dict.fromkeys(sorted(keys), file), strength))
+        if missing:
+            raise InvalidInput(
+                f"{file.name} changes {min(missing)}, which ComfyUI's model lacks; use a stock LoRA node."
+            )
+        return other
 
     def _use_patches(self, wanted: bool) -> None:
         """From now on the twin's calls are made with the patches of this clone, or with none."""

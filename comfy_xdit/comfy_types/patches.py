@@ -10,7 +10,8 @@ import torch
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Patch, PatchSet
-from comfy_xdit.patches import patch_set
+from comfy_xdit.patches import file_patch, patch_set
+from comfy_xdit.spec import LoraFile
 
 PREFIX = "diffusion_model."
 # What lies where in the `weights` of ComfyUI's adapters. Only "alpha" is no tensor.
@@ -58,6 +59,8 @@ def counts(entry: Entry) -> bool:
 
 def _describe(key: str, entry: Entry) -> Patch:
     strength, what, base, offset, function = entry
+    if isinstance(what, LoraFile):
+        return file_patch(what, float(strength))
     if function is not None and function is not comfy.utils.swap_scale_shift:
         _refuse(key, f"a patch that goes through a function ({getattr(function, '__name__', function)})")
     kind, parts = _content(key, what)

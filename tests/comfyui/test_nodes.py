@@ -14,6 +14,7 @@ NODES = {
     "XDiTParallelConfig": ("XDIT_PARALLEL",),
     "XDiTLoadPipeline": ("MODEL", "CLIP", "VAE"),
     "XDiTLoadDiffusionModel": ("MODEL",),
+    "XDiTLoraLoader": ("MODEL",),
     "XDiTSampler": ("LATENT",),
     "XDiTVAEDecode": ("IMAGE",),
     "XDiTStatus": ("STRING",),

@@ -104,6 +104,10 @@ class ModelFamily(ABC):
     def native_mapping(self, config: dict[str, Any]) -> dict[str, Source]:
         """For every tensor of the diffusers class its source under the original release's names."""
 
+    def lora_names(self, config: dict[str, Any]) -> dict[str, Source]:
+        """Weights under names that only LoRA files have: neither the original release's nor diffusers'."""
+        return {}
+
     def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]:
         """For every tensor of the diffusers class its source in the file."""
         return self.native_mapping(config) if self.native in shapes else {key: Source(key) for key in shapes}

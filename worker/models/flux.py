@@ -119,6 +119,23 @@ class Flux(ModelFamily):
             mapping |= _single_block(i, hidden)
         return mapping
 
+    def lora_names(self, config: dict[str, Any]) -> dict[str, Source]:
+        fused = 3 * config["num_attention_heads"] * config["attention_head_dim"]
+        names: dict[str, Source] = {}
+        for i in range(config["num_layers"]):
+            for n, stream in ((1, "img"), (2, "txt")):  # XLabs' attention processors
+                for part in ("qkv", "proj"):
+                    name = f"double_blocks.{i}.processor.{part}_lora{n}.weight"
+                    names[name] = Source(f"double_blocks.{i}.{stream}_attn.{part}.weight")
+        for i in range(config["num_single_layers"]):
+            qkv = Source(f"single_blocks.{i}.linear1.weight", 0, fused)
+            names[f"single_blocks.{i}.linear1_qkv.weight"] = qkv
+            names[f"single_blocks.{i}.processor.qkv_lora.weight"] = qkv
+            names[f"single_blocks.{i}.processor.proj_lora.weight"] = Source(
+                f"single_blocks.{i}.linear2.weight"
+            )
+        return names
+
     def sampling(self, config: dict[str, Any]) -> Sampling:
         if config["guidance_embeds"]:
             return Sampling("flux", shift=1.15, multiplier=1.0)
