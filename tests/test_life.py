@@ -52,6 +52,13 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
     return True
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _empty_ranks():
+    """Nothing that other tests loaded counts."""
+    for group in running_groups():
+        group.close()
+
+
 def test_a_model_nobody_holds_goes_and_so_do_its_tensors(tiny_models, lingering):
     lingering(0.0)
     remote = handle(tiny_models["sd3"], TWO)
