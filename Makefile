@@ -27,6 +27,9 @@ simulate: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.bridge
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.traffic
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.vae
 
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
 # One environment per checkout: each wants its own front end.

@@ -1,136 +1,33 @@
 """The nodes: widgets to a spec or a request, to the ranks, to the types the graph carries.
 
 Classes are thin and hold no state: what they return is a light handle, and the ranks compare it
-with what they have. This file imports with nothing but the standard library installed; inside
-ComfyUI the graph's types come from comfy_xdit.comfy_types, elsewhere from comfy_xdit.headless.
+with what they have. This file imports with nothing but the standard library installed; what
+the nodes do is in comfy_xdit.work.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.lora import add_lora, lora_stamp
 from comfy_xdit.packages import install, missing_packages, unavailable
-from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig, available_devices, parse_devices
-from comfy_xdit.spec import WEIGHT_DTYPES, ModelSpec
-
-if TYPE_CHECKING:
-    from comfy_xdit.remote import Remote
+from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig
+from comfy_xdit.spec import WEIGHT_DTYPES
+from comfy_xdit.work import (
+    TILES,
+    decode,
+    load_diffusion_model,
+    load_pipeline,
+    load_vae,
+    parallel_config,
+    sample,
+    status,
+    surroundings,
+)
 
 MAX_DEGREE = 64
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
-
-
-def surroundings() -> ModuleType:
-    """comfy_types inside ComfyUI, headless elsewhere: the same functions either way."""
-    inside = "comfy" in sys.modules and "folder_paths" in sys.modules
-    return importlib.import_module("comfy_xdit.comfy_types" if inside else "comfy_xdit.headless")
-
-
-# ---------------------------------------------------------------------- what the nodes do
-
-
-def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConfig | Automatic:
-    """What XDiTParallelConfig describes, checked against this machine; the loader chooses for `auto`.
-
-    Raises:
-        InvalidInput: a device that is not there, or degrees that do not fit the devices.
-    """
-    available = available_devices()
-    chosen = parse_devices(devices, available)
-    if strategy == "auto":
-        return Automatic(chosen)
-    return ParallelConfig(devices=chosen, **widgets).check(available)
-
-
-def loaded(remote: Remote, here: ModuleType) -> Remote:
-    """The handle, once its spec is in the ranks: a bad file is an error of the loader node."""
-    here.begin()
-    try:
-        remote.load(interrupted=here.interrupted)
-    except Interrupted:
-        here.raise_if_interrupted()
-        raise
-    return remote
-
-
-def planned(parallel: ParallelConfig | Automatic | None, spec: ModelSpec, here: ModuleType) -> ParallelConfig:
-    """The layout for the transformer `spec`: the one that is given, or the planner's."""
-    from comfy_xdit.auto import layout_of
-
-    here.begin()
-    try:
-        return layout_of(parallel or Automatic(), spec, here.interrupted)
-    except Interrupted:
-        here.raise_if_interrupted()
-        raise
-
-
-def load_diffusion_model(
-    unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
-) -> Any:
-    """A MODEL over one diffusion model file."""
-    from comfy_xdit.remote import RemoteModel
-
-    here = surroundings()
-    spec = ModelSpec.of(here.diffusion_model_path(unet_name), "transformer", weight_dtype)
-    layout = planned(parallel, spec, here)
-    return here.model_of(loaded(RemoteModel(spec, layout), here))
-
-
-def load_pipeline(
-    name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
-) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE over one diffusers folder."""
-    from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
-
-    here = surroundings()
-    folder = here.pipeline_path(name)
-    layout = planned(parallel, ModelSpec.of(folder, "transformer", weight_dtype), here)
-
-    def handle(kind: str, remote: type[Remote]) -> Remote:
-        return loaded(remote(ModelSpec.of(folder, kind, weight_dtype), layout), here)
-
-    return (
-        here.model_of(handle("transformer", RemoteModel)),
-        here.clip_of(handle("text_encoders", RemoteTextEncoders)),
-        here.vae_of(handle("vae", RemoteVAE)),
-    )
-
-
-def sample(model: Any, latent_image: dict[str, Any], steps: int, **inputs: Any) -> dict[str, Any]:
-    """KSampler's work, with the whole loop in the ranks. Returns a LATENT."""
-    here = surroundings()
-    remote = here.remote_of(model)
-    request, finish = here.sample_request(model, steps=steps, latent=latent_image, **inputs)
-    if len(request.sigmas) < 2:  # denoise 0: nothing to do, as in KSampler
-        return latent_image
-    try:
-        answer = remote.sample(request, on_progress=here.progress(model, steps), interrupted=here.interrupted)
-    except Interrupted:
-        here.raise_if_interrupted()
-        raise
-    return {**latent_image, "samples": finish(answer)}
-
-
-def decode(samples: dict[str, Any], vae: Any, tiling: str) -> Any:
-    """A LATENT to an IMAGE, (B, H, W, 3) in 0..1, in the ranks."""
-    surroundings().remote_of(vae)  # a stock VAE is refused by name
-    if tiling != "none":
-        raise InvalidInput(f"tiling {tiling!r} is not in this version; choose 'none'.")
-    return vae.decode(samples["samples"])
-
-
-def status() -> str:
-    """What runs in the ranks, in words."""
-    from comfy_xdit.status import report
-
-    return report(surroundings().self_check())
 
 
 # ---------------------------------------------------------------------- the node classes
@@ -166,7 +63,7 @@ class XDiTParallelConfig:
             ["auto", "manual"],
             {"tooltip": "auto: the pack chooses, and the degrees below do not count. manual: they count."},
         )
-        warmup = {"default": 1, "min": 0, "max": 100, "tooltip": "Exact steps before PipeFusion starts."}
+        warmup = {"default": 1, "min": 1, "max": 100, "tooltip": "Exact steps before PipeFusion starts."}
         shard = {"default": False, "tooltip": "Each rank keeps a part of the weights only."}
         devices = {
             "default": "",
@@ -236,6 +133,25 @@ class XDiTLoadDiffusionModel:
     ) -> tuple[Any]:
         """Start the ranks if need be, and have them load."""
         return (load_diffusion_model(unet_name, weight_dtype, parallel),)
+
+
+class XDiTLoadVAE:
+    """VAE from one file."""
+
+    TITLE = "xDiT Load VAE"
+    DESCRIPTION = "Loads a VAE into the ranks, which decode and encode together. Drop-in for Load VAE."
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in their order."""
+        file = {"tooltip": "Files in models/vae, and the demo of the pack."}
+        return {"required": {"vae_name": (surroundings().vaes(), file)}, "optional": {"parallel": _PARALLEL}}
+
+    def load(self, vae_name: str, parallel: ParallelConfig | Automatic | None = None) -> tuple[Any]:
+        """Start the ranks if need be, and have them load."""
+        return (load_vae(vae_name, parallel),)
 
 
 class XDiTSampler:
@@ -328,13 +244,17 @@ class XDiTVAEDecode:
             "required": {
                 "samples": ("LATENT", {"tooltip": "The latent to decode."}),
                 "vae": ("VAE", {"tooltip": "From an xDiT loader."}),
-                "tiling": (["none"], {"tooltip": "none: the whole picture at once."}),
+                "tiling": (
+                    list(TILES),
+                    {"tooltip": "none: exact, in rows over the ranks. Tiles: less memory, faint seams."},
+                ),
             }
         }
 
-    def decode(self, samples: dict[str, Any], vae: Any, tiling: str) -> tuple[Any]:
-        """Have the ranks decode."""
-        return (decode(samples, vae, tiling),)
+    def decode(self, samples: dict[str, Any], vae: Any, tiling: str) -> Any:
+        """Have the ranks decode; what was special (memory ran out, say) is shown on the node."""
+        image, note = decode(samples, vae, tiling)
+        return {"ui": {"text": [note]}, "result": (image,)} if note else (image,)
 
 
 class _Anything(str):
@@ -379,8 +299,8 @@ class XDiTStatus:
 
 
 NODES = (
-    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoraLoader, XDiTSampler, XDiTVAEDecode,
-    XDiTStatus,
+    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader, XDiTSampler,
+    XDiTVAEDecode, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

@@ -42,8 +42,7 @@ class Sent(TorchDispatchMode):
 
 
 def _sent(name: str, args: Any) -> int:
-    group = next((arg for arg in reversed(args) if _is_group(arg)), None)
-    size = _size(group)
+    size = _size(args)
     if "all_to_all" in name or "alltoall" in name:
         tensor = args[0] if name.startswith("all_to_all") else args[1]
         return _nbytes(tensor) * (size - 1) // size
@@ -51,23 +50,24 @@ def _sent(name: str, args: Any) -> int:
         # The functional form takes the part first, the other one the place for the whole.
         part = args[0] if name.startswith("all_gather_into") else args[1]
         return _nbytes(part) * (size - 1)
+    if "reduce" in name:
+        return 2 * _nbytes(args[0]) * (size - 1) // size
     if name.startswith(("send", "broadcast")):
         return _nbytes(args[0])
     raise NotImplementedError(f"no rule for what {name} sends")
 
 
-def _is_group(value: Any) -> bool:
-    return isinstance(value, (dist.ProcessGroup, torch.ScriptObject)) or (
-        isinstance(value, str) and value.isdigit()
-    )
-
-
-def _size(group: Any) -> int:
-    if isinstance(group, str):
-        group = dist.distributed_c10d._resolve_process_group(group)
-    elif isinstance(group, torch.ScriptObject):
-        group = dist.ProcessGroup.unbox(group)
-    return dist.get_world_size() if group is None else group.size()
+def _size(args: Any) -> int:
+    """Ranks in the group among the arguments: an object in one form of operations, a name in the other."""
+    for value in args:
+        if isinstance(value, str) and value.isdigit():
+            return dist.distributed_c10d._resolve_process_group(value).size()
+        if isinstance(value, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(value).size()
+            except RuntimeError:  # another kind of object: the operation of a reduction
+                continue
+    return dist.get_world_size()
 
 
 def _nbytes(value: Any) -> int:

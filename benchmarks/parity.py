@@ -31,7 +31,18 @@ LAYOUTS = {
     "data 2 x CFG 2": ParallelConfig(data_parallel_degree=2, cfg_parallel_degree=2),
     "CFG 2 x Ulysses 2": ParallelConfig(cfg_parallel_degree=2, ulysses_degree=2),
 }
+# Every step a warm-up step, so that it is exact; held by tests/test_pipefusion*.py.
+ALL = 1000
+PIPELINES = {
+    "PipeFusion 2": ParallelConfig(pipefusion_degree=2, warmup_steps=ALL),
+    "PipeFusion 3": ParallelConfig(pipefusion_degree=3, warmup_steps=ALL),
+    "PipeFusion 2 x CFG 2": ParallelConfig(pipefusion_degree=2, cfg_parallel_degree=2, warmup_steps=ALL),
+    "PipeFusion 2 x data 2": ParallelConfig(pipefusion_degree=2, data_parallel_degree=2, warmup_steps=ALL),
+    "PipeFusion 2 x Ulysses 2": ParallelConfig(pipefusion_degree=2, ulysses_degree=2, warmup_steps=ALL),
+    "PipeFusion 2 x Ring 2": ParallelConfig(pipefusion_degree=2, ring_degree=2, warmup_steps=ALL),
+}
 MODELS = ("sd3", "sd3.5-medium", "flux")
+SIGMA = 0.7
 STEPS, CFG = 20, 3.0
 
 
@@ -44,7 +55,7 @@ class Size:
     width: int
     text: int
     batch: int
-    refused_by_a_ring: bool = False
+    too_small_to_split: bool = False
 
 
 SIZES = (
@@ -52,7 +63,7 @@ SIZES = (
     Size("odd text", 16, 16, 33, 2),
     Size("odd image tokens", 6, 10, 32, 1),
     Size("both odd", 18, 14, 7, 2),
-    Size("fewer than ranks", 2, 2, 1, 1, refused_by_a_ring=True),
+    Size("fewer than ranks", 2, 2, 1, 1, too_small_to_split=True),
 )
 
 
@@ -64,16 +75,29 @@ def multiplier(model: TinyModel) -> float:
 def one_call(model: TinyModel, source: Path, parallel: ParallelConfig, size: Size) -> float | None:
     """Relative L2 of one transformer call against plain diffusers; None when it is refused by name."""
     x = torch.randn(size.batch, 16, size.height, size.width, generator=torch.Generator().manual_seed(1))
-    timestep = torch.full((size.batch,), 0.7 * multiplier(model))
+    timestep = torch.full((size.batch,), SIGMA * multiplier(model))
     given = tiny.conditions(model.family, model.config, size.text, size.batch)
     expected = tiny.reference(model.family, model.module, x, timestep, given)
     remote = RemoteModel(ModelSpec.of(source, "transformer"), parallel)
+    call = one_step if parallel.pipefusion_degree > 1 else RemoteModel.denoise
     try:
-        return tiny.relative_l2(remote.denoise(x, timestep, given), expected)
+        return tiny.relative_l2(call(remote, x, timestep, given), expected)
     except InvalidInput:
-        if size.refused_by_a_ring and parallel.ring_degree > 1:
+        if size.too_small_to_split and parallel.ring_degree * parallel.pipefusion_degree > 1:
             return None
         raise
+
+
+def one_step(
+    remote: RemoteModel, x: torch.Tensor, timestep: torch.Tensor, given: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The transformer's output out of a run of one Euler step to sigma 0, which is x - sigma * output."""
+    noise, sigmas = x / SIGMA, torch.tensor([SIGMA, 0.0])
+    multiplier = float(timestep[0]) / SIGMA
+    request = Sample(
+        remote.spec, "euler", sigmas, torch.zeros_like(x), noise, 1.0, given, None, multiplier
+    )  # fmt: skip
+    return (x - remote.sample(request)) / SIGMA
 
 
 def worst(model: TinyModel, parallel: ParallelConfig, size: Size) -> float | None:
@@ -115,7 +139,7 @@ def twenty_steps(model: TinyModel, parallel: ParallelConfig) -> float:
 
 def rows(models: dict[str, TinyModel]) -> Iterator[list[str]]:
     """One row per method and family; the worst of both file formats counts."""
-    for method, parallel in LAYOUTS.items():
+    for method, parallel in (LAYOUTS | PIPELINES).items():
         for name in MODELS:
             model = models[name]
             calls = [worst(model, parallel, size) for size in SIZES]
@@ -145,8 +169,10 @@ worse counts), measured by `make parity` on {machine}, torch {torch}. Limits hel
 
 Columns but the last are one transformer call: (latent height, width, text tokens, batch) = {sizes}.
 xfuser's own wrappers are silently wrong where text or image tokens do not divide (docs/xfuser.md, B2, B3,
-B5); here padding is cut away between the Ulysses exchange and the attention.
-"""
+B5); here padding is cut away between the Ulysses exchange and the attention. PipeFusion is measured here
+with warm-up in every step; it runs whole loops only, so one call is a run of one Euler step.
+
+{drift}"""
 
 
 def main() -> None:
@@ -154,8 +180,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, default=Path(__file__).parent.parent / "docs" / "parity.md")
     arguments = parser.parse_args()
+    from benchmarks import pipefusion  # it builds on this module
+
     with tempfile.TemporaryDirectory() as folder:
         text = table(tiny.write_models(Path(folder)))
+        drift = pipefusion.section(Path(folder))
     sizes = ", ".join(f"{s.name} ({s.height}, {s.width}, {s.text}, {s.batch})" for s in SIZES)
     page = PAGE.format(
         machine=f"{platform.machine()}, CPU, gloo",
@@ -166,9 +195,10 @@ def main() -> None:
         cfg=CFG,
         table=text,
         sizes=sizes,
+        drift=drift,
     )
     arguments.write.write_text(page)
-    print(text)
+    print(page)
 
 
 if __name__ == "__main__":

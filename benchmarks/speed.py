@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,10 @@ PIPEFUSION_STEPS = 20  # its first step is not parallel: fewer would say little 
 CFG = 3.0
 SECONDS = 300.0  # for one loop of a bare program, or its end
 SAME = 1e-5  # relative L2 of (latent - noise) between all ways that are exact
+WIDTH = CONFIG["num_attention_heads"] * CONFIG["attention_head_dim"]
+BLOCKS = CONFIG["num_layers"] + CONFIG["num_single_layers"]
 Loop = Callable[[], float]  # runs a loop; returns seconds
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Problem:
             yield run
 
 
-def measure(tokens: int, rounds: int, ways: tuple[Way, ...]) -> list[dict[str, object]]:
+def measure(tokens: int, rounds: int, ways: tuple[Way, ...]) -> list[Row]:
     """Rows of the table for one picture size."""
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -164,22 +168,42 @@ def measure(tokens: int, rounds: int, ways: tuple[Way, ...]) -> list[dict[str, o
         for _ in range(rounds):
             for name, run in loops.items():
                 times.setdefault(name, []).append(run())
-    against = {way.name: way.against for way in ways} | {name: other for name, *_, other in BARE}
-    rows = []
-    for name, seconds in times.items():
-        other = times.get(against[name])
-        ratios = None if other is None else [b / a for a, b in zip(seconds, other, strict=True)]
-        way = next((way for way in ways if way.name == name), None)
-        rows.append(
-            {
-                "family": "flux", "tokens": tokens, "name": name, "against": against[name],
-                "layout": None if way is None else way.layout.describe(),
-                "seconds": statistics.median(seconds),
-                "speedup": None if ratios is None else statistics.median(ratios),
-                "all": seconds,
-            }
-        )  # fmt: skip
-    return rows
+    return [*_rows(tokens, ways, times), *_bare_rows(tokens, times)]
+
+
+def _rows(tokens: int, ways: tuple[Way, ...], times: dict[str, list[float]]) -> Iterator[Row]:
+    """Our layouts, in the form benchmarks/plan_check.py reads: seconds are those of a step."""
+    module = tiny.build(Flux(), CONFIG)
+    shape = {
+        "heads": CONFIG["num_attention_heads"], "width": WIDTH, "blocks": BLOCKS,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+    }  # fmt: skip
+    for way in ways:
+        steps = way.steps or STEPS[tokens]
+        yield {
+            "family": "flux", "tokens": tokens, "name": way.name, "against": way.against,
+            "layout": "1 rank" if way.layout == ONE else way.name,
+            "cfg": way.guided, "batch": way.batch, "steps": steps, "shape": shape | {"cfg": way.guided},
+            "seconds": statistics.median(times[way.name]) / steps,
+            "speedup": _speedup(times, way.name, way.against),
+        }  # fmt: skip
+
+
+def _bare_rows(tokens: int, times: dict[str, list[float]]) -> Iterator[Row]:
+    """What stands beside them."""
+    for name, *_, against in BARE:
+        yield {
+            "family": "flux", "tokens": tokens, "name": name, "against": against, "layout": None,
+            "seconds": statistics.median(times[name]) / STEPS[tokens],
+            "speedup": _speedup(times, name, against),
+        }  # fmt: skip
+
+
+def _speedup(times: dict[str, list[float]], name: str, against: str) -> float | None:
+    """The median over the turns, each against its neighbour in time."""
+    if not against:
+        return None
+    return statistics.median(b / a for a, b in zip(times[name], times[against], strict=True))
 
 
 def _check(latents: dict[str, torch.Tensor], ways: tuple[Way, ...]) -> None:
@@ -190,13 +214,13 @@ def _check(latents: dict[str, torch.Tensor], ways: tuple[Way, ...]) -> None:
         assert difference <= SAME, f"{name} differs from {other} by {difference:.1e}"
 
 
-def table(rows: list[dict[str, object]]) -> Iterator[str]:
+def table(rows: list[Row]) -> Iterator[str]:
     """Lines of Markdown."""
-    yield "| image tokens | way | seconds | against | speed-up |"
+    yield "| image tokens | way | seconds per step | against | speed-up |"
     yield "|---|---|---|---|---|"
     for row in rows:
         speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}"
-        yield f"| {row['tokens']} | {row['name']} | {row['seconds']:.2f} | {row['against']} | {speedup} |"
+        yield f"| {row['tokens']} | {row['name']} | {row['seconds']:.3f} | {row['against']} | {speedup} |"
 
 
 def main() -> None:
@@ -212,7 +236,12 @@ def main() -> None:
     rows = [row for tokens in arguments.tokens for row in measure(tokens, arguments.rounds, WAYS)]
     print(*table(rows), sep="\n")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    arguments.output.with_suffix(".json").write_text(
+        json.dumps(
+            {"rows": [r for r in rows if r["layout"]], "beside": [r for r in rows if not r["layout"]]},
+            indent=1,
+        )
+    )
     measured = {f"{row['tokens']} tokens, {row['name']}": row["speedup"] for row in rows if row["speedup"]}
     bars("speed-up over one rank", measured, arguments.output.with_suffix(".png"), line=2.0)
 

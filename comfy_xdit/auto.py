@@ -6,6 +6,7 @@ plan is for DEFAULT_PIXELS squared with the guidance the family uses; docs/decis
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -71,6 +72,23 @@ def layout_of(
         layout = replace(layout, devices=devices[: layout.world_size]).check(available)
         _chosen[key] = Chosen(layout, plan, request, cluster)
     return _chosen[key].layout
+
+
+def layout_beside(parallel: ParallelConfig | Automatic) -> ParallelConfig:
+    """The layout itself, or for `auto` the one whose ranks already run: what loads a VAE alone.
+
+    A VAE is spread over all ranks of any layout, and ranks of its own would take the model's place.
+    Without any it is all devices, on CPU at most two.
+    """
+    if isinstance(parallel, ParallelConfig):
+        return parallel
+    available = available_devices()
+    devices = parallel.devices or available
+    running = [g.parallel for g in running_groups() if g.pids and set(g.parallel.devices) <= set(devices)]
+    if running:
+        return max(running, key=lambda layout: layout.world_size)
+    count = len(devices) if devices[0] != "cpu" else min(2, os.cpu_count() or 1, len(devices))
+    return ParallelConfig(ulysses_degree=count, devices=devices[:count])
 
 
 def chosen_for(layout: ParallelConfig) -> list[tuple[str, Chosen]]:

@@ -16,6 +16,13 @@ class RemoteError(XDiTError, RuntimeError):
         super().__init__(f"rank {rank}: {kind}: {message}\n\n{traceback}")
         self.rank, self.kind, self.message, self.traceback = rank, kind, message, traceback
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the rank's device had no memory left: PyTorch's words on a GPU and on CPU."""
+        words = ("out of memory", "can't allocate memory")
+        kinds = ("OutOfMemoryError", "MemoryError")
+        return self.kind in kinds or any(word in self.message.lower() for word in words)
+
 
 class WorkerDied(XDiTError, RuntimeError):
     """A rank's process ended or stopped answering. The next call starts a new group."""

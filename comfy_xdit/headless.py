@@ -25,10 +25,11 @@ from comfy_xdit.schedulers import SCHEDULERS
 from comfy_xdit.spec import LoraFile
 
 SAMPLERS = conversion.SAMPLERS
-MODELS_DIR = "XDIT_MODELS_DIR"  # environment: a folder with diffusers/, diffusion_models/, loras/ in it
+MODELS_DIR = "XDIT_MODELS_DIR"  # environment: a folder with diffusers/, diffusion_models/, loras/, vae/ in it
 INDEX = "model_index.json"
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
+DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
 DEMO_LORAS = {"demo_outlined (comfy_xdit).safetensors": DEMO / "demo_outlined_lora.safetensors"}
 
@@ -62,6 +63,11 @@ def clip_of(remote: RemoteTextEncoders) -> RemoteTextEncoders:
 def vae_of(remote: RemoteVAE) -> RemoteVAE:
     """VAE: the handle itself; it has decode and encode."""
     return remote
+
+
+def decode_latent(vae: RemoteVAE, latent: torch.Tensor, tile: int) -> torch.Tensor:
+    """XDiTVAEDecode's work: (B, [T,] H, W, 3) in 0..1."""
+    return vae.decode(latent, interrupted=interrupted, tile=tile)
 
 
 def remote_of(thing: Any) -> Remote:
@@ -251,6 +257,32 @@ def pipeline_path(name: str) -> Path:
     raise InvalidInput(
         f"no pipeline {name!r}; give the path of a diffusers folder (one with a {INDEX}), or put it into "
         f"diffusers/ of the folder named by {MODELS_DIR}."
+    )
+
+
+def vaes() -> Names:
+    """Names for a widget: files below XDIT_MODELS_DIR/vae, then the demo."""
+    found = [
+        path.relative_to(folder).as_posix()
+        for folder in _folders("vae")
+        for path in folder.rglob("*.safetensors")
+    ]
+    return Names(sorted(found) + _present(DEMO_VAES))
+
+
+def vae_path(name: str) -> Path:
+    """The file or folder behind a name of `vaes`, or the path `name` itself.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    demo = DEMO_VAES.get(name)
+    for path in [*([demo] if demo else []), *(f / name for f in _folders("vae")), Path(name)]:
+        if path.exists():
+            return path
+    raise InvalidInput(
+        f"no VAE {name!r}; give the path of a safetensors file or of a diffusers folder, or put it into vae/ "
+        f"of the folder named by {MODELS_DIR}."
     )
 
 

@@ -123,7 +123,8 @@ class Sample:
     `latent` is (B, C, H, W), scaled (latent_format applied); `noise` likewise; `sigmas` is
     (steps + 1,). `positive` and `negative` are keyword arguments of the transformer; negative is
     None when cfg is 1. `mask` is 1 where the picture may change. `multiplier` is what turns sigma
-    into the transformer's timestep. Answer: the last latent, scaled.
+    into the transformer's timestep. `warmup_steps` are those PipeFusion does exactly. Answer: the last
+    latent, scaled.
     """
 
     spec: ModelSpec
@@ -138,6 +139,7 @@ class Sample:
     mask: torch.Tensor | None = None
     previews: bool = False
     patches: PatchSet = NO_PATCHES
+    warmup_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -153,18 +155,27 @@ class EncodeText:
 
 @dataclass(frozen=True)
 class Decode:
-    """Latents (B, C, H, W), unscaled as in a LATENT socket, to pictures (B, H, W, 3) in 0..1."""
+    """Latents (B, C, [T,] H, W), unscaled as in a LATENT socket, to pictures.
+
+    `tile` is the edge of tiles in pixels, 0 is none. Answer: {"pixels": (B, 3, [T,] H, W), about
+    -1..1, "ranks": how many ranks worked}.
+    """
 
     spec: ModelSpec
     latent: torch.Tensor
+    tile: int = 0
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Pictures (B, H, W, 3) in 0..1 to latents (B, C, H, W), unscaled as in a LATENT socket."""
+    """Pictures (B, 3, [T,] H, W) in -1..1 to latents. `tile` as in `Decode`.
+
+    Answer: {"latent": (B, C, [T,] H, W), unscaled, "ranks": how many ranks worked}.
+    """
 
     spec: ModelSpec
     pixels: torch.Tensor
+    tile: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from comfy_xdit.errors import InvalidInput
 
@@ -14,8 +14,6 @@ DEGREES = (
     "ring_degree",
     "pipefusion_degree",
 )
-# What the engine runs today; every other degree is refused by name, never ignored.
-SUPPORTED = ("data_parallel_degree", "cfg_parallel_degree", "ulysses_degree", "ring_degree")
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,8 @@ class ParallelConfig:
     """One layout of ranks. The product of the degrees is the number of ranks.
 
     `devices` names one device per rank: "cuda:0", ... or "cpu". Empty means the first
-    `world_size` devices the machine offers.
+    `world_size` devices the machine offers. `warmup_steps` belongs to a run, not to the ranks: layouts
+    that differ in it alone are equal, and share one group.
     """
 
     data_parallel_degree: int = 1
@@ -31,7 +30,7 @@ class ParallelConfig:
     ulysses_degree: int = 1
     ring_degree: int = 1
     pipefusion_degree: int = 1
-    warmup_steps: int = 1
+    warmup_steps: int = field(default=1, compare=False)
     shard_weights: bool = False
     devices: tuple[str, ...] = ()
 
@@ -57,22 +56,22 @@ class ParallelConfig:
             available: the devices a rank may be put on, e.g. ("cuda:0", "cuda:1").
 
         Raises:
-            InvalidInput: a degree below 1, a method the engine does not run, or degrees that do
-                not fit the devices.
+            InvalidInput: a degree below 1, a method the engine does not run, no warm-up for
+                PipeFusion, or degrees that do not fit the devices.
         """
         for name in DEGREES:
             degree = getattr(self, name)
             if degree < 1:
                 raise InvalidInput(f"{name} is {degree}; a degree is at least 1. Set it to 1 or more.")
-            if degree > 1 and name not in SUPPORTED:
-                raise InvalidInput(
-                    f"{name} is {degree}, but this version runs only {' and '.join(SUPPORTED)}. "
-                    f"Set {name} to 1."
-                )
         if self.cfg_parallel_degree > 2:
             raise InvalidInput(
                 f"cfg_parallel_degree is {self.cfg_parallel_degree}; guidance has two branches, "
                 "positive and negative. Set it to 1 or 2."
+            )
+        if self.pipefusion_degree > 1 and self.warmup_steps < 1:
+            raise InvalidInput(
+                f"warmup_steps is {self.warmup_steps}; PipeFusion's patches need the keys and values of one "
+                "whole step at least. Set it to 1 or more."
             )
         if self.shard_weights:
             raise InvalidInput("shard_weights is not in this version. Set it to false.")

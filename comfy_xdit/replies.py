@@ -7,7 +7,10 @@ from typing import Any
 from comfy_xdit.messages import Failure
 
 # What a rank says when another one went away: the consequence, never the cause.
-_CONSEQUENCES = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "socket")
+_CONSEQUENCES = (
+    "connection closed by peer", "connection reset", "broken pipe", "timed out", "socket",
+    "another rank refused",
+)  # fmt: skip
 
 
 def agree(replies: dict[int, Any], ranks: list[int]) -> bool:

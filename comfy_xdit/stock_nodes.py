@@ -192,7 +192,8 @@ class VAEDecode:
 
     def decode(self, vae: RemoteVAE, samples: Latent) -> tuple[torch.Tensor]:
         """(B, C, H, W) to (B, H*8, W*8, 3) in 0..1."""
-        return (headless.remote_of(vae).decode(samples["samples"], interrupted=headless.interrupted),)
+        pixels = headless.decode_latent(headless.remote_of(vae), samples["samples"], tile=0)
+        return (pixels.reshape(-1, *pixels.shape[-3:]),)
 
 
 class VAEEncode:
@@ -210,6 +211,8 @@ class VAEEncode:
         remote = headless.remote_of(vae)
         info = remote.info or remote.load(interrupted=headless.interrupted)
         cropped = pictures.cropped_to_multiple(pixels[..., :3], info["spatial_compression"])
+        if info["temporal_compression"] is not None:
+            cropped = cropped.unsqueeze(0 if info["batch_is_video"] else 1)
         return ({"samples": remote.encode(cropped, interrupted=headless.interrupted)},)
 
 

@@ -150,3 +150,19 @@ def test_the_report_says_what_was_chosen_and_why_and_what_was_measured(tiny_mode
     measured.remember(ParallelConfig(), request, machine(TWO.devices), 1.0)
     text = report(())
     assert "(measured 2000)" in text and "after the next start: one rank" in text
+
+
+def test_a_vae_takes_the_ranks_that_run_or_all_devices(monkeypatch):
+    class Group:
+        def __init__(self, layout: ParallelConfig, pids: list[int]):
+            self.parallel, self.pids = layout, pids
+
+    given = ParallelConfig(ring_degree=2, devices=("cpu", "cpu"))
+    monkeypatch.setattr(auto, "available_devices", lambda: tuple(f"cuda:{i}" for i in range(4)))
+    pair = ParallelConfig(cfg_parallel_degree=2, devices=("cuda:2", "cuda:3"))
+    monkeypatch.setattr(auto, "running_groups", lambda: [Group(pair, [1, 2]), Group(given, [])])
+
+    assert auto.layout_beside(given) == given
+    assert auto.layout_beside(Automatic()) == pair
+    elsewhere = ("cuda:0", "cuda:1", "cuda:2")
+    assert auto.layout_beside(Automatic(elsewhere)) == ParallelConfig(ulysses_degree=3, devices=elsewhere)

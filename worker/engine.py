@@ -112,7 +112,7 @@ class Engine:
         """A whole sampling loop; the latent goes to the host from rank 0 only."""
         self._patches.take(message.patches)
         transformer = self._require(message.spec)
-        transformer.patch(message.patches.name, self._patches)
+        self._patch(transformer, message.patches.name)
         latent = sample(message, transformer, self._groups, run)
         return latent if self._groups.rank == 0 else None
 
@@ -120,13 +120,13 @@ class Engine:
         """Encode a prompt in this rank."""
         return self._require(message.spec).encode(message.prompts)
 
-    def decode(self, message: Decode, _run: Run) -> torch.Tensor:
-        """Latents to pictures in this rank."""
-        return self._require(message.spec).decode(message.latent)
+    def decode(self, message: Decode, run: Run) -> dict[str, Any] | None:
+        """Latents to pictures, by all ranks; they go to the host from rank 0 only."""
+        return self._require(message.spec).decode(message.latent, message.tile, run)
 
-    def encode(self, message: Encode, _run: Run) -> torch.Tensor:
-        """Pictures to latents in this rank."""
-        return self._require(message.spec).encode(message.pixels)
+    def encode(self, message: Encode, run: Run) -> dict[str, Any] | None:
+        """Pictures to latents, by all ranks; they go to the host from rank 0 only."""
+        return self._require(message.spec).encode(message.pixels, message.tile, run)
 
     def forget(self, message: Forget, _run: Run) -> None:
         """Let go of models, and of tensors that travelled before; or of everything."""
@@ -144,6 +144,16 @@ class Engine:
         }
         return self.report() | self._models.report() | kept | _memory(self._groups.device)
 
+    def _patch(self, transformer: Transformer, name: str) -> None:
+        """Patch the weights of every stage, or none goes on: a patch may fit some stages only."""
+        error: InvalidInput | None = None
+        try:
+            transformer.patch(name, self._patches)
+        except InvalidInput as refused:
+            error = refused
+        if self._groups.any(error is not None):
+            raise error or InvalidInput("another rank refused the patch")
+
     def _require(self, spec: ModelSpec) -> Loaded:
         """The loaded model of this spec."""
         return self._models.require(spec)
@@ -154,7 +164,7 @@ class Engine:
         if spec.kind == "text_encoders":
             return TextEncoders(spec, self._groups.device)
         if spec.kind == "vae":
-            return VAE(spec, self._groups.device)
+            return VAE(spec, self._groups)
         raise InvalidInput(f"{spec.kind!r} is nothing a rank loads")
 
     def _resolve(self, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,13 +27,33 @@ class Run:
         Raises:
             Interrupted: the host asked to stop; on all ranks at the same step.
         """
+        self.report(step, steps, preview)
+        if self._agree(self.asked()):
+            self.stop(step)
+
+    def report(self, step: int, steps: int, preview: torch.Tensor | None = None) -> None:
+        """The part of `step` that tells the host."""
         self.steps_done = step
-        asked = False
         if self._end.rank == 0:
             self._end.progress(self._job, step, steps, preview)
-            asked = self._end.interrupted(self._job)
-        if self._agree(asked):
-            raise Interrupted(f"interrupted at step {step}")
+
+    def pause(self) -> None:
+        """Call on EVERY rank where a long step may be left off.
+
+        Raises:
+            Interrupted: as `step`.
+        """
+        if self._agree(self.asked()):
+            self.stop(self.steps_done)
+
+    def asked(self) -> bool:
+        """Whether the host asked to stop; only rank 0 hears it."""
+        return self._end.rank == 0 and self._end.interrupted(self._job)
+
+    def stop(self, step: int) -> NoReturn:
+        """Leave the command: `step` is the same on all ranks."""
+        self.steps_done = step
+        raise Interrupted(f"interrupted at step {step}")
 
 
 def serve(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +18,7 @@ from comfy_xdit.errors import InvalidInput
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.rpc import Rank
 from worker import xfuser_compat
+from worker.pipeline import Pipeline
 
 # Longer than any step; a hung peer is found by the host long before.
 COLLECTIVE = timedelta(minutes=30)
@@ -29,17 +30,19 @@ class Degrees:
 
     `branches` are ranks that take different rows of a batch: data parallel times CFG parallel. To a
     transformer call it makes no difference whether two rows are two pictures or two prompts.
+    `stages` are ranks that have different blocks of the transformer (PipeFusion).
     """
 
     branches: int
     ulysses: int
     ring: int
+    stages: int
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Degrees:
         """The degrees of a layout."""
         branches = parallel.data_parallel_degree * parallel.cfg_parallel_degree
-        return cls(branches, parallel.ulysses_degree, parallel.ring_degree)
+        return cls(branches, parallel.ulysses_degree, parallel.ring_degree, parallel.pipefusion_degree)
 
     @property
     def sequence(self) -> int:
@@ -53,6 +56,7 @@ class RankGroups:
     def __init__(self, end: Rank, degrees: Degrees, device: torch.device):
         self.rank, self.world_size, self.degrees, self.device = end.rank, end.world_size, degrees, device
         self._control: dist.ProcessGroup | None = None
+        self.pipeline: Pipeline | None = None
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(
@@ -61,6 +65,8 @@ class RankGroups:
             )  # fmt: skip
             self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE)
             self._join_xfuser()
+        if degrees.stages > 1:
+            self.pipeline = Pipeline(self._stage_ranks(), self.rank, device, COLLECTIVE)
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank. On gloo: it works whatever the GPUs are doing."""
@@ -70,15 +76,51 @@ class RankGroups:
         dist.broadcast(word, 0, group=self._control)
         return bool(word.item())
 
+    def announce(self, flag: bool) -> Announcement:
+        """As `agree`, but rank 0 goes on at once; others wait when they ask."""
+        word = torch.tensor([flag], dtype=torch.int32)
+        return Announcement(word, dist.broadcast(word, 0, group=self._control, async_op=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank has the flag; on every rank."""
+        if self._control is None:
+            return flag
+        word = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(word, dist.ReduceOp.MAX, group=self._control)
+        return bool(word.item())
+
+    @property
+    def everyone(self) -> dist.ProcessGroup | None:
+        """All ranks, whatever their degrees; None where there is one."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
     @property
     def branch(self) -> int:
         """Which part of a batch this rank computes."""
-        return self.rank // self.degrees.sequence
+        return self.rank // (self.degrees.sequence * self.degrees.stages)
+
+    @property
+    def stage(self) -> int:
+        """Which part of the blocks this rank has."""
+        return self.rank // self.degrees.sequence % self.degrees.stages
 
     @property
     def sequence_rank(self) -> int:
         """Which part of the tokens this rank computes."""
         return self.rank % self.degrees.sequence
+
+    def key_blocks(self) -> list[range]:
+        """Sequence ranks whose keys each block of the ring holds, in the order this rank meets them.
+
+        The ring brings the block of the rank before, then of the one before that.
+        """
+        ulysses, ring = self.degrees.ulysses, self.degrees.ring
+        blocks = [(self.sequence_rank // ulysses - step) % ring for step in range(ring)]
+        return [range(block * ulysses, (block + 1) * ulysses) for block in blocks]
+
+    def rows(self, count: int) -> Shard | None:
+        """How the rows of a batch are spread over the branches; None where every branch computes all."""
+        return None if self.degrees.branches == 1 or count == 1 else Shard(count, self.degrees.branches)
 
     def gather_rows(self, rows: torch.Tensor, shard: Shard) -> torch.Tensor:
         """All rows of a batch, in their order, of which this rank's branch has `rows` (n, ...)."""
@@ -94,6 +136,16 @@ class RankGroups:
 
         return get_sp_group().all_gather(tokens.contiguous(), dim=1)
 
+    def _stage_ranks(self) -> list[list[int]]:
+        """Of every pipeline its ranks, stage after stage: xfuser's order (its `get_pp_group`)."""
+        sequence, stages = self.degrees.sequence, self.degrees.stages
+        firsts = [
+            branch * stages * sequence + rank
+            for branch in range(self.degrees.branches)
+            for rank in range(sequence)
+        ]
+        return [[first + stage * sequence for stage in range(stages)] for first in firsts]
+
     def _join_xfuser(self) -> None:
         """B6: xfuser's own CFG group gives wrong shapes for Flux; its data-parallel group is right."""
         xfuser_compat.import_xfuser()
@@ -104,10 +156,26 @@ class RankGroups:
         distributed.initialize_model_parallel(
             data_parallel_degree=self.degrees.branches,
             sequence_parallel_degree=self.degrees.sequence,
+            pipeline_parallel_degree=self.degrees.stages,
             ulysses_degree=self.degrees.ulysses,
             ring_degree=self.degrees.ring,
             backend=backend,
         )
+        if distributed.get_pp_group().ranks not in self._stage_ranks():
+            raise RuntimeError(f"xfuser puts rank {self.rank} into {distributed.get_pp_group().ranks}")
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Rank 0's flag on its way."""
+
+    word: torch.Tensor
+    work: dist.Work
+
+    def wait(self) -> bool:
+        """The flag, once it is here."""
+        self.work.wait()
+        return bool(self.word.item())
 
 
 @dataclass(frozen=True)
@@ -130,6 +198,10 @@ class Shard:
         """True tokens in the part of `rank`; the padding is behind them."""
         return self.start(rank + 1) - self.start(rank)
 
+    def span(self, rank: int) -> slice:
+        """Where the true tokens of `rank` are."""
+        return slice(self.start(rank), self.start(rank + 1))
+
     def take(self, tokens: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
         """The part of `rank`, zero-padded to `size`."""
         count = self.valid(rank)
@@ -145,14 +217,16 @@ class Shard:
         return tokens[:, rank * self.size : (rank + 1) * self.size]
 
 
-def true_positions(shards: tuple[Shard, ...], ranks: range, device: torch.device) -> torch.Tensor:
-    """Where the true tokens are when the parts of `ranks`, each of all `shards`, lie one behind another."""
-    mask: list[bool] = []
-    for rank in ranks:
-        for shard in shards:
-            count = shard.valid(rank)
-            mask += [True] * count + [False] * (shard.size - count)
-    return torch.tensor(mask, device=device).nonzero().flatten()
+def positions(shards: Sequence[Shard], wanted: int, ranks: range) -> list[int]:
+    """Where the true tokens of one of `shards` are when the parts of `ranks` lie one behind another."""
+    width, offset = sum(shard.size for shard in shards), sum(shard.size for shard in shards[:wanted])
+    return [i * width + offset + j for i, r in enumerate(ranks) for j in range(shards[wanted].valid(r))]
+
+
+def true_positions(shards: Sequence[Shard], ranks: range, device: torch.device) -> torch.Tensor:
+    """Where the true tokens of all `shards` are, in the order they lie in."""
+    found = sorted(p for wanted in range(len(shards)) for p in positions(shards, wanted, ranks))
+    return torch.tensor(found, device=device)
 
 
 @dataclass(frozen=True)
@@ -188,14 +262,11 @@ class SequenceParallel:
     def __init__(self, groups: RankGroups, transformer: nn.Module, layout: TokenLayout):
         self._groups, self._layout = groups, layout
         self._image = self._text = Shard(0, 1)
-        for module in transformer.modules():
-            if hasattr(module, "processor"):
-                module.processor = xfuser_compat.parallel_processor(module)
+        use_parallel_attention(transformer, groups.degrees)
         transformer.get_submodule(layout.first_block).register_forward_pre_hook(self._split, with_kwargs=True)
         transformer.get_submodule(layout.last_norm).register_forward_pre_hook(self._gather)
         if layout.rotary is not None:
             transformer.get_submodule(layout.rotary).register_forward_hook(self._split_rotary)
-        _start_runtime_state(transformer, groups.degrees)
 
     @contextmanager
     def tokens(self, image: int, text: int) -> Iterator[None]:
@@ -207,7 +278,7 @@ class SequenceParallel:
                 "split; draw a larger picture, or set ring_degree to 1."
             )
         self._image, self._text = Shard(image, ranks), Shard(text, ranks)
-        with xfuser_compat.valid_keys(self._valid_keys()):
+        with xfuser_compat.keys_selected(self._true_keys()):
             yield
 
     def own_image(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -235,21 +306,31 @@ class SequenceParallel:
             tokens = tokens.index_select(1, true_positions((self._image,), ranks, tokens.device))
         return (tokens, *rest)
 
-    def _valid_keys(self) -> xfuser_compat.ValidKeys:
-        """Positions of true tokens in every block of keys: joint attention, and image tokens alone."""
+    def _true_keys(self) -> xfuser_compat.KeySelection:
+        """Leaves out the padding, in joint attention and in that of image tokens alone."""
         streams = (self._text, self._image) if self._layout.text_first else (self._image, self._text)
-        ulysses, ring = self._groups.degrees.ulysses, self._groups.degrees.ring
-        here = self._groups.sequence_rank // ulysses
-        valid = {}
+        valid: dict[int, list[torch.Tensor]] = {}
         for shards in (streams, (self._image,)):
             if any(shard.length % shard.ranks for shard in shards):
-                # The ring brings the block of the rank before, then of the one before that.
-                blocks = [(here - step) % ring for step in range(ring)]
-                valid[sum(s.size for s in shards) * ulysses] = [
-                    true_positions(shards, range(b * ulysses, (b + 1) * ulysses), self._groups.device)
-                    for b in blocks
+                valid[sum(s.size for s in shards) * self._groups.degrees.ulysses] = [
+                    true_positions(shards, ranks, self._groups.device) for ranks in self._groups.key_blocks()
                 ]
-        return valid
+
+        def select(key: torch.Tensor, value: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if key.shape[2] not in valid:
+                return key, value
+            where = valid[key.shape[2]][block]
+            return key.index_select(2, where), value.index_select(2, where)
+
+        return select
+
+
+def use_parallel_attention(transformer: nn.Module, degrees: Degrees) -> None:
+    """Have xfuser's attention (USP) in place of diffusers'."""
+    for module in transformer.modules():
+        if hasattr(module, "processor"):
+            module.processor = xfuser_compat.parallel_processor(module)
+    _start_runtime_state(transformer, degrees)
 
 
 def _start_runtime_state(transformer: nn.Module, degrees: Degrees) -> None:
@@ -265,6 +346,8 @@ def _start_runtime_state(transformer: nn.Module, degrees: Degrees) -> None:
         data_parallel_degree=degrees.branches,
         ulysses_degree=degrees.ulysses,
         ring_degree=degrees.ring,
+        pipefusion_parallel_degree=degrees.stages,
+        num_pipeline_patch=1,  # for xfuser's KV cache, which is not used
         attention_backend=_attention_backend(degrees),
     ).create_config()
     config.runtime_config.dtype = next(transformer.parameters()).dtype  # S8: fp16 by default

@@ -66,7 +66,7 @@ class PatchedWeights:
     """A model's weights, where the patches of one set are applied.
 
     Args:
-        weights: the model's tensors by diffusers name; written in place.
+        weights: the tensors by diffusers name that this rank has; written in place.
         native: where each of them is in the original release's naming, which patches use.
         checkpoint: the file, and `mapping`: where each of them is in it.
         dtype: what the file's tensors are cast to.
@@ -89,6 +89,7 @@ class PatchedWeights:
             self._pieces.setdefault(source.key, []).append((name, source))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[1].start or 0)
+        self._held = {key for key, pieces in self._pieces.items() if pieces[0][0] in weights}
         self._name, self._applied = "", dict[str, tuple[Patch, ...]]()
 
     def apply(self, name: str, store: PatchStore) -> int:
@@ -106,6 +107,7 @@ class PatchedWeights:
                 f"a patch is for {unknown[0]}, which this model lacks; "
                 "choose a LoRA file made for this model."
             )
+        wanted = {key: patches for key, patches in wanted.items() if key in self._held}
         changed = [key for key in {**self._applied, **wanted} if wanted.get(key) != self._applied.get(key)]
         self._name = None  # in between, and after an error, it is no set
         for key, base in self._read(changed):

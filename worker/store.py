@@ -65,7 +65,7 @@ class ModelStore:
         gone = [self._models.pop(s, None) for s in (list(self._models) if specs is None else specs)]
         if any(model is not None for model in gone):
             gone.clear()
-            _give_back(self._device)
+            give_back(self._device)
 
     def report(self) -> dict[str, Any]:
         """Plain values: what is loaded, how large it is, how much room is left."""
@@ -107,7 +107,7 @@ def _budget(device: torch.device, world_size: int) -> int | None:
     return int(CPU_SHARE * memory / world_size)
 
 
-def _give_back(device: torch.device) -> None:
+def give_back(device: torch.device) -> None:
     """Have memory that nobody uses return to the system: modules and their hooks are cycles."""
     gc.collect()
     if device.type == "cuda":

@@ -56,7 +56,7 @@ class TextEncoders:
         self.nbytes = sum(encoder.nbytes for encoder in self._encoders.values())
 
     def load(self) -> None:
-        """Read the weights, as fp32."""
+        """Read the weights."""
         for encoder in self._encoders.values():
             encoder.load()
 
@@ -94,16 +94,18 @@ class Encoder:
     def __init__(self, root: Path, suffix: str, name: str, t5_least: int, device: torch.device):
         self._folder, self._tokenizer_folder = root / f"text_encoder{suffix}", root / f"tokenizer{suffix}"
         # Names a damaged or pickled file before transformers trips over it.
-        self.nbytes = Checkpoint.at(self._folder).elements * torch.float32.itemsize
+        checkpoint = Checkpoint.at(self._folder)
+        self._dtype = torch.float32 if device.type == "cpu" else checkpoint.common_dtype()
+        self.nbytes = checkpoint.elements * self._dtype.itemsize
         self._architecture = read_json(self._folder / "config.json")["architectures"][0]
         self._device, self._is_t5, self._t5_least = device, name == "t5xxl", t5_least
 
     def load(self) -> None:
-        """Read weights (as fp32) and vocabulary."""
+        """Read weights (as in the file on a GPU, as fp32 on CPU) and vocabulary."""
         import transformers
 
         cls = getattr(transformers, self._architecture)
-        self._module = cls.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
+        self._module = cls.from_pretrained(self._folder, dtype=self._dtype, local_files_only=True)
         self._module.to(self._device).eval().requires_grad_(False)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(
             self._tokenizer_folder, local_files_only=True
@@ -124,9 +126,9 @@ class Encoder:
     def _run(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         output = self._module(torch.tensor(ids, device=self._device), output_hidden_states=not self._is_t5)
         if self._is_t5:
-            return output.last_hidden_state, None
+            return output.last_hidden_state.float(), None
         pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
-        return output.hidden_states[-2], pooled
+        return output.hidden_states[-2].float(), pooled.float()
 
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, truncation=False).input_ids if text else []

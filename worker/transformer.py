@@ -17,8 +17,9 @@ from worker.control import ControlResiduals, Residuals, check_residuals
 from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import ModelFamily, to_whole_patches
-from worker.parallel import Degrees, RankGroups, SequenceParallel, Shard
+from worker.parallel import Degrees, RankGroups, SequenceParallel, use_parallel_attention
 from worker.patching import PatchedWeights, PatchStore
+from worker.stages import Stage
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,22 +46,32 @@ class Transformer:
             self.module = self.family.build(self.config)
         _check_complete(self.module, self._mapping, checkpoint, spec.path)
         self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
+        self._parameters = sum(p.numel() for p in self.module.parameters())
+        self.stage: Stage | None = None
+        if degrees.stages > 1:
+            # A layout that is only asked about has its stages elsewhere: its first one stands for them.
+            index = groups.stage if degrees == groups.degrees else 0
+            self.stage = Stage(self.module, self.family.parts, self.family.name, index, degrees.stages)
+            self._mapping = {name: self._mapping[name] for name in self.module.state_dict()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights once they are read."""
+        """Bytes of this rank's weights once they are read."""
         return sum(p.numel() for p in self.module.parameters()) * self.dtype.itemsize
 
     def load(self) -> None:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
         self.module.to(self._groups.device).eval().requires_grad_(False)
-        self.family.prepare(self.module)
         native = self.family.native_mapping(self.config)
         weights = self.module.state_dict()
         self._patched = PatchedWeights(
             weights, native, self._checkpoint, self._mapping, self.dtype, self.loras
         )
+        if self.stage is not None:
+            use_parallel_attention(self.module, self._groups.degrees)
+            return
+        self.family.prepare(self.module)
         if self._groups.degrees.sequence > 1:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
         own = self._tokens.own_image if self._tokens else lambda tokens: tokens
@@ -90,7 +101,7 @@ class Transformer:
             "cfg": self.family.guided,
             "stored": str(self._checkpoint.common_dtype()).removeprefix("torch."),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "parameters": self._parameters,
             "sampling": {"kind": sampling.kind, "shift": sampling.shift, "multiplier": sampling.multiplier},
             "latent_format": {
                 "scale_factor": latent.scale_factor,
@@ -122,11 +133,10 @@ class Transformer:
         With fewer rows than branches some have none; a batch of one row is computed by all, which
         costs no time and no exchange.
         """
-        branches = self._groups.degrees.branches
-        if branches == 1 or len(batch) == 1:
+        shard = self._groups.rows(len(batch))
+        if shard is None:
             return self._predict_by_length(batch)
-        shard, branch = Shard(len(batch), branches), self._groups.branch
-        own = batch.rows(slice(shard.start(branch), shard.start(branch + 1)))
+        own = batch.rows(shard.span(self._groups.branch))
         # Sequence ranks of one branch have the same rows, so that one without any skips as a whole.
         outputs = self._predict_by_length(own) if len(own) else batch.x[:0]
         return self._groups.gather_rows(outputs, shard)

@@ -26,7 +26,7 @@ def import_xfuser() -> types.ModuleType:
         return sys.modules["xfuser"]
     _stub_block_mask()
     package = importlib.import_module("xfuser") if torch.cuda.is_available() else _import_on_cpu()
-    _select_valid_keys()
+    _select_keys()
     return package
 
 
@@ -77,32 +77,30 @@ def _flash_on_cpu(
     )
 
 
-# ------------------------------------------------------------------ padding is never attended
+# ------------------------------------------------------------------ what attention sees
 
-# For a length of keys: per block of the ring, the positions that are no padding.
-ValidKeys = dict[int, list[torch.Tensor]]
-_valid_keys: ValidKeys = {}
+# What attention sees of the keys and values (B, heads, keys, width) of one block that the ring brings:
+# the first block is number 0, without a ring it is the only one.
+KeySelection = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+_selection: list[KeySelection] = []
 
 
 @contextmanager
-def valid_keys(positions: ValidKeys) -> Iterator[None]:
-    """Within, attention sees only the true tokens among padded ones.
+def keys_selected(selection: KeySelection) -> Iterator[None]:
+    """Within, `selection` stands between the exchange of heads (or blocks) and the attention itself.
 
-    Args:
-        positions: for a length of keys after the Ulysses exchange, per block that the ring brings
-            (in the order this rank meets them) the positions that are no padding. Lengths that are
-            not named hold no padding. Cures B2, B3 and B5 (text or image tokens that the degree
-            does not divide), which xfuser answers with a silently wrong image.
+    It leaves out padding, which cures B2, B3 and B5 (text or image tokens that the degree does not
+    divide, which xfuser answers with a silently wrong image), and under PipeFusion it adds the keys and
+    values that are kept.
     """
-    _valid_keys.update(positions)
+    _selection.append(selection)
     try:
         yield
     finally:
-        _valid_keys.clear()
+        _selection.pop()
 
 
-def _select_valid_keys() -> None:
-    """Put the selection between the exchange of heads (or blocks) and the attention itself."""
+def _select_keys() -> None:
     usp = importlib.import_module("xfuser.model_executor.layers.usp")
     original = usp._get_attention_function
 
@@ -112,10 +110,8 @@ def _select_valid_keys() -> None:
 
         @functools.wraps(attention)
         def selecting(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> Any:
-            positions = _valid_keys.get(key.shape[2])
-            if positions is not None:
-                valid = positions[next(blocks)]
-                key, value = key.index_select(2, valid), value.index_select(2, valid)
+            if _selection:
+                key, value = _selection[-1](key, value, next(blocks))
             return attention(query, key, value, **kwargs)
 
         return selecting
@@ -133,9 +129,27 @@ def parallel_processor(attention: nn.Module) -> Any:
 
     importlib.import_module("xfuser.model_executor.models.transformers.transformer_flux")
     processor = xFuserAttentionProcessorRegister.get_processor(attention.processor)()
-    if type(processor).__name__ == "xFuserJointAttnProcessor2_0" and attention.added_kv_proj_dim is None:
-        return ImageAttnProcessor()
+    if type(processor).__name__ == "xFuserJointAttnProcessor2_0":
+        return ImageAttnProcessor() if attention.added_kv_proj_dim is None else JointAttnProcessor(processor)
     return processor
+
+
+class JointAttnProcessor:
+    """xfuser's joint attention of SD3 without its KV cache, and for calls without text.
+
+    B1: xfuser updates its cache twice. And where a patch brings no text tokens its reshapes fail.
+    """
+
+    def __init__(self, joint: Any):
+        self._joint, self._image = joint, ImageAttnProcessor()
+        joint.use_long_ctx_attn_kvcache = True  # whose other meaning is that the cache is elsewhere
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if encoder_hidden_states.shape[1] == 0:
+            return self._image(attn, hidden_states), encoder_hidden_states
+        return self._joint(attn, hidden_states, encoder_hidden_states, **kwargs)
 
 
 class ImageAttnProcessor:

@@ -3,7 +3,8 @@
 `comfy_xdit.headless` offers the same functions for running without ComfyUI, and nodes.py uses
 whichever surroundings it finds. The shared names: begin, self_check, model_of, clip_of, vae_of, remote_of,
 sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
-diffusion_models, diffusion_model_path, loras, lora_path, with_file, pipelines, pipeline_path.
+diffusion_models, diffusion_model_path, loras, lora_path, with_file, pipelines, pipeline_path, vaes,
+vae_path, decode_latent.
 """
 
 from comfy_xdit.comfy_types.beginning import begin, self_check
@@ -15,15 +16,18 @@ from comfy_xdit.comfy_types.files import (
     loras,
     pipeline_path,
     pipelines,
+    vae_path,
+    vaes,
 )
 from comfy_xdit.comfy_types.interruption import interrupted, raise_if_interrupted
 from comfy_xdit.comfy_types.model import model_of, remote_of, with_file
 from comfy_xdit.comfy_types.sampling import progress, sample_request, samplers, schedulers
-from comfy_xdit.comfy_types.vae import vae_of
+from comfy_xdit.comfy_types.vae import decode_latent, vae_of
 
 __all__ = [
     "begin",
     "clip_of",
+    "decode_latent",
     "diffusion_model_path",
     "diffusion_models",
     "interrupted",
@@ -40,5 +44,7 @@ __all__ = [
     "schedulers",
     "self_check",
     "vae_of",
+    "vae_path",
+    "vaes",
     "with_file",
 ]

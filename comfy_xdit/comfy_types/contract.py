@@ -76,7 +76,7 @@ SIGNATURES = [
         "builds the VAE",
     ),
     ("VAE", "decode", ["self, samples_in, vae_options={}"], "RemoteVAE overrides it"),
-    ("VAE", "decode_tiled", [f"self, samples, {VAE_TILES}"], "RemoteVAE overrides it"),
+    ("VAE", "decode_tiled", [f"self, samples, {VAE_TILES}"], "its tiles are the ranks' work"),
     (
         "VAE",
         "encode",
@@ -87,7 +87,7 @@ SIGNATURES = [
         "VAE",
         "encode_tiled",
         [f"self, pixel_samples, {VAE_TILES}", f"self, pixel_samples, {VAE_TILES}, not_video=None"],
-        "RemoteVAE overrides it",
+        "its tiles are the ranks' work",
     ),
     ("CLIP", "clone", ["self", "self, disable_dynamic=False"], "everything of ours must survive it"),
     ("CLIP", "tokenize", ["self, text, return_word_ids=False, **kwargs"], "calls PromptReader"),

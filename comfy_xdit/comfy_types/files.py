@@ -13,6 +13,7 @@ from comfy_xdit.errors import InvalidInput
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 DEMO_LORAS = {"demo_outlined (comfy_xdit).safetensors": DEMO / "demo_outlined_lora.safetensors"}
 INDEX = "model_index.json"
 
@@ -72,6 +73,23 @@ def pipeline_path(name: str) -> Path:
         if path is not None and (path / INDEX).is_file():
             return path
     raise InvalidInput(f"no pipeline {name!r}; put its folder into models/diffusers and press R.")
+
+
+def vaes() -> list[str]:
+    """Names for a widget: the files in models/vae, then the demo."""
+    return folder_paths.get_filename_list("vae") + _present(DEMO_VAES)
+
+
+def vae_path(name: str) -> Path:
+    """The file or folder behind a name of `vaes`.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    path = DEMO_VAES.get(name) or folder_paths.get_full_path("vae", name)
+    if path is None or not os.path.exists(path):
+        raise InvalidInput(f"no VAE {name!r}; put it into models/vae and press R.")
+    return Path(path)
 
 
 def _present(demo: dict[str, Path]) -> list[str]:

@@ -6,8 +6,9 @@ import pytest
 
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import InvalidInput
+from comfy_xdit.group import worker_group
 from comfy_xdit.parallel import Automatic, ParallelConfig
-from tests.comfyui.inputs import DEMO, layout
+from tests.comfyui.inputs import DEMO, empty_latent, layout, random_conditioning
 
 NODES = {
     "XDiTParallelConfig": ("XDIT_PARALLEL",),
@@ -75,6 +76,22 @@ def test_bad_file_is_an_error_of_the_loader_and_the_ranks_go_on(comfyui, run_nod
             parallel=layout(1),
         )
     run_node("XDiTLoadDiffusionModel", unet_name=tiny_sd3, weight_dtype="default", parallel=layout(1))
+
+
+def test_a_stock_sampler_cannot_run_pipefusion_and_the_ranks_go_on(run_node, tiny_sd3):
+    parallel = layout(pipefusion_degree=2)
+    (ours,) = run_node(
+        "XDiTLoadDiffusionModel", unet_name=tiny_sd3, weight_dtype="default", parallel=parallel
+    )
+    settings = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    settings |= {"denoise": 1.0, "latent_image": empty_latent(), "model": ours}
+    settings |= {"positive": random_conditioning(ours, 1), "negative": random_conditioning(ours, 2)}
+
+    with pytest.raises(InvalidInput, match=r"pipefusion_degree 2.*use xDiT Sampler \(XDiTSampler\)"):
+        run_node("KSampler", **settings)
+    pids = worker_group(parallel).pids
+    run_node("XDiTSampler", **settings)
+    assert worker_group(parallel).pids == pids
 
 
 def test_missing_file_is_named(run_node):

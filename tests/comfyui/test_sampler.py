@@ -16,6 +16,8 @@ LAYOUTS = {
     "1rank": {"ulysses_degree": 1},
     "ulysses2": {"ulysses_degree": 2},
     "cfg2": {"cfg_parallel_degree": 2},
+    # Exact as the others are; what it does after its warm-up is in tests/test_pipefusion.py.
+    "pipefusion2": {"pipefusion_degree": 2, "warmup_steps": 100},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +43,41 @@ class Call:
     text_tokens: int
 
 
+class StageParts(ABC):
+    """A family's transformer in parts, so that ranks may have some of its blocks only.
+
+    What travels between blocks is image (B, tokens, width) and text (B, tokens, width). Image tokens
+    outside of them are `packed`: (B, tokens, channels * 4).
+    """
+
+    blocks: tuple[str, ...]  # module lists in the order they run
+    first: tuple[str, ...]  # modules that only the first stage needs
+    last: tuple[str, ...] = ("norm_out", "proj_out")
+
+    @abstractmethod
+    def image(self, module: nn.Module, x: torch.Tensor, start: int, grid: tuple[int, int]) -> torch.Tensor:
+        """Embed packed tokens from `start` on of a picture of `grid` (rows, columns) of tokens."""
+
+    @abstractmethod
+    def time(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+        """What modulates the blocks, (B, width), of the arguments of a `Call`."""
+
+    @abstractmethod
+    def output(self, module: nn.Module, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """Packed tokens of the transformer's output."""
+
+    def rotary(self, module: nn.Module, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Tables (text tokens, then image tokens; head width) of rotary positions; none by default."""
+        return ()
+
+
 class ModelFamily(ABC):
     """One family: told by its tensors, built as its diffusers class, called as ComfyUI calls it."""
 
     name: str
     native: str  # a tensor that a file in the original release's naming has, and no other
     layout: TokenLayout
+    parts: StageParts
     latent_format: LatentFormat
     guided: bool = True  # by a second, negative prompt; False where guidance is distilled into the model
     # Which blocks ComfyUI adds each list of ControlNet residuals after.
@@ -133,6 +163,20 @@ def to_whole_patches(x: torch.Tensor) -> torch.Tensor:
     if not (down or right):
         return x
     return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) of whole patches to tokens (B, H/2 * W/2, C * 4)."""
+    batch, channels, height, width = x.shape
+    patches = x.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // PATCH) * (width // PATCH), -1)
+
+
+def unpacked(tokens: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The first tokens as a latent with height and width of `shape`."""
+    batch, rows, columns = shape[0], shape[-2] // PATCH, shape[-1] // PATCH
+    patches = tokens[:, : rows * columns].reshape(batch, rows, columns, -1, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * PATCH, columns * PATCH)
 
 
 def depth(shapes: Shapes, prefix: str) -> int:

@@ -12,12 +12,49 @@ import torch
 from torch import nn
 
 from worker.checkpoints import Shapes, Source
-from worker.models.base import PATCH, Call, LatentFormat, ModelFamily, Sampling, depth, rows, swapped, whole
+from worker.models.base import (
+    PATCH,
+    Call,
+    LatentFormat,
+    ModelFamily,
+    Sampling,
+    StageParts,
+    depth,
+    packed,
+    rows,
+    swapped,
+    unpacked,
+    whole,
+)
 from worker.models.flux_hooks import ExactTime
-from worker.models.flux_tokens import packed, picture_ids, reference_tokens, unpacked
+from worker.models.flux_tokens import picture_ids, reference_tokens
 from worker.parallel import TokenLayout
 
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
+
+
+class FluxParts(StageParts):
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    first = ("x_embedder", "context_embedder")
+
+    def image(self, module: nn.Module, x: torch.Tensor, start: int, grid: tuple[int, int]) -> torch.Tensor:
+        return module.x_embedder(x)
+
+    def time(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+        embed, pooled, guidance = module.time_text_embed, kwargs["pooled_projections"], kwargs.get("guidance")
+        # As ExactTime: the timestep in fp32, and no guidance is none.
+        steps = embed.time_proj(kwargs["timestep"].float() * 1000.0)
+        time = embed.timestep_embedder(steps.to(pooled.dtype))
+        if guidance is not None:
+            scale = embed.time_proj(guidance.to(pooled.dtype) * 1000)
+            time = time + embed.guidance_embedder(scale.to(pooled.dtype))
+        return time + embed.text_embedder(pooled)
+
+    def output(self, module: nn.Module, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return module.proj_out(module.norm_out(image, time))
+
+    def rotary(self, module: nn.Module, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        return module.pos_embed(torch.cat([kwargs["txt_ids"], kwargs["img_ids"]]))
 
 
 class Flux(ModelFamily):
@@ -26,6 +63,7 @@ class Flux(ModelFamily):
     layout = TokenLayout(
         text_first=True, first_block="transformer_blocks.0", last_norm="norm_out", rotary="pos_embed"
     )
+    parts = FluxParts()
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
     guided = False
     control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}

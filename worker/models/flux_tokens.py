@@ -10,23 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from comfy_xdit.errors import InvalidInput
-from worker.models.base import PATCH, to_whole_patches
+from worker.models.base import PATCH, packed, to_whole_patches
 
 METHODS = ("offset", "index", "uxo")
-
-
-def packed(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) of whole patches to tokens (B, H/2 * W/2, C * 4)."""
-    batch, channels, height, width = x.shape
-    patches = x.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // PATCH) * (width // PATCH), -1)
-
-
-def unpacked(tokens: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The first tokens as a latent with height and width of `shape`."""
-    batch, rows, columns = shape[0], shape[-2] // PATCH, shape[-1] // PATCH
-    patches = tokens[:, : rows * columns].reshape(batch, rows, columns, -1, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * PATCH, columns * PATCH)
 
 
 def token_ids(

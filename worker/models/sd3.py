@@ -12,17 +12,48 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from comfy_xdit.errors import InvalidInput
 from worker.checkpoints import Shapes, Source
-from worker.models.base import Call, LatentFormat, ModelFamily, Sampling, depth, rows, swapped, whole
+from worker.models.base import (
+    Call,
+    LatentFormat,
+    ModelFamily,
+    Sampling,
+    StageParts,
+    depth,
+    rows,
+    swapped,
+    whole,
+)
 from worker.parallel import TokenLayout
 
 HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a q/k norm
+
+
+class SD3Parts(StageParts):
+    blocks = ("transformer_blocks",)
+    first = ("pos_embed", "context_embedder")
+
+    def image(self, module: nn.Module, x: torch.Tensor, start: int, grid: tuple[int, int]) -> torch.Tensor:
+        embed = module.pos_embed
+        tokens = nn.functional.linear(x, embed.proj.weight.flatten(1), embed.proj.bias)
+        positions = embed.cropped_pos_embed(*(side * embed.patch_size for side in grid))
+        return (tokens + positions[:, start : start + x.shape[1]]).to(x.dtype)
+
+    def time(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+        return module.time_text_embed(kwargs["timestep"], kwargs["pooled_projections"])
+
+    def output(self, module: nn.Module, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        tokens = module.proj_out(module.norm_out(image, time))
+        patch = module.config.patch_size  # (row, column, channel) of a token's pixels to packed order
+        return tokens.unflatten(-1, (patch, patch, -1)).permute(0, 1, 4, 2, 3).flatten(2)
 
 
 class SD3(ModelFamily):
     name = "sd3"
     native = "joint_blocks.0.context_block.attn.qkv.weight"
     layout = TokenLayout(text_first=False, first_block="transformer_blocks.0", last_norm="norm_out")
+    parts = SD3Parts()
     latent_format = LatentFormat(scale_factor=1.5305, shift_factor=0.0609)
     control: ClassVar = {"output": "transformer_blocks"}
     conditions = frozenset({"context", "y"})
@@ -81,7 +112,12 @@ class SD3(ModelFamily):
     ) -> Call:
         context = self.tensor(conditions, "context", config["joint_attention_dim"])
         pooled = self.tensor(conditions, "y", config["pooled_projection_dim"])
-        patch = config["patch_size"]
+        patch, most = config["patch_size"], config["pos_embed_max_size"]
+        if max(x.shape[-2:]) > most * patch:
+            raise InvalidInput(
+                f"the latent is {x.shape[-1]} x {x.shape[-2]}, and this {self.name} has positions for "
+                f"{most * patch} x {most * patch}; draw a smaller picture."
+            )
         kwargs = {
             "hidden_states": x,
             "encoder_hidden_states": context.to(x.dtype),

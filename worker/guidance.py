@@ -1,0 +1,57 @@
+"""Around the transformer in one evaluation of a sampler: mask and guidance. All pointwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from comfy_xdit.messages import Sample
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance on the denoised latents, and inpainting around it, as ComfyUI computes them.
+
+    Args:
+        noise, latent, mask: of the request, in one arrangement; mask is 1 where the picture may change.
+        cfg: scale of the guidance.
+        sides: prompts per picture: 2 are the negative and the positive one, 1 is no guidance.
+    """
+
+    noise: torch.Tensor
+    latent: torch.Tensor
+    mask: torch.Tensor | None
+    cfg: float
+    sides: int
+
+    @classmethod
+    def of(
+        cls, request: Sample, arranged: Callable[[torch.Tensor], torch.Tensor] = lambda latent: latent
+    ) -> Guidance:
+        """Of a request, whose latents are `arranged` in another way if asked."""
+        mask = None if request.mask is None else arranged(request.mask.expand(request.latent.shape))
+        sides = 1 if request.negative is None else 2
+        return cls(arranged(request.noise), arranged(request.latent), mask, request.cfg, sides)
+
+    def part(self, start: int, stop: int) -> Guidance:
+        """The same for a range of tokens (dimension 1)."""
+        mask = None if self.mask is None else self.mask[:, start:stop]
+        return replace(self, noise=self.noise[:, start:stop], latent=self.latent[:, start:stop], mask=mask)
+
+    def noised(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The latent at `sigma`: where a run starts, and what inpainting keeps."""
+        return sigma * self.noise + (1.0 - sigma) * self.latent
+
+    def before(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What the transformer gets for `x`: where the mask is 0, the picture that is kept."""
+        return x if self.mask is None else x * self.mask + self.noised(sigma) * (1.0 - self.mask)
+
+    def after(self, x: torch.Tensor, sigma: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """The denoised latent, of what the transformer got and gave; both sides behind one another."""
+        denoised = [x - sigma * output for output in outputs.chunk(self.sides)]
+        result = denoised[-1]
+        if self.sides == 2:
+            result = denoised[0] + (denoised[1] - denoised[0]) * self.cfg
+        return result if self.mask is None else result * self.mask + self.latent * (1.0 - self.mask)

@@ -1,0 +1,124 @@
+"""Layers of a VAE whose picture's rows lie in several ranks, with no more memory than their share.
+
+DistVAE 0.1.0 has both and is right, but copies: its convolution joins the neighbours' rows to the
+whole input and crops the whole output, its norm makes four tensors of the input's size. A rank of
+two then needs 80 % of what one rank needs, where half is due.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from distvae.modules.adapters.layers.conv_adapters import Conv2dAdapter
+from distvae.modules.adapters.layers.norm_adapters import GroupNormAdapter
+from distvae.utils import ParallelContext
+from torch import nn
+
+ROW = -2  # the dimension rows lie along
+
+
+class RowConv2d(nn.Module):
+    """A 3 x 3 convolution of stride 1. Computed as if the band were the picture, then its edges anew."""
+
+    def __init__(self, convolution: nn.Conv2d, context: ParallelContext):
+        super().__init__()
+        self.weight, self.bias, self._context = convolution.weight, convolution.bias, context
+
+    @staticmethod
+    def fits(convolution: nn.Conv2d) -> bool:
+        """Whether it is one of this class."""
+        sizes = (convolution.kernel_size, convolution.stride, convolution.padding)
+        return sizes == ((3, 3), (1, 1), (1, 1)) and convolution.padding_mode == "zeros"
+
+    def forward(self, band: torch.Tensor) -> torch.Tensor:
+        """(B, C, rows, W) to (B, C', rows, W)."""
+        above, below = neighbours(band, self._context)
+        result = F.conv2d(band, self.weight, self.bias, padding=1)
+        rows = band.shape[ROW]
+        if above is not None:
+            window = [above, band.narrow(ROW, 0, min(2, rows)), *([below] if rows == 1 else [])]
+            result.narrow(ROW, 0, 1).copy_(self._edge(window, last_is_edge=rows == 1 and below is None))
+        if below is not None and (rows > 1 or above is None):
+            window = [band.narrow(ROW, max(0, rows - 2), min(2, rows)), below]
+            result.narrow(ROW, rows - 1, 1).copy_(self._edge(window, first_is_edge=rows == 1))
+        return result
+
+    def _edge(
+        self, window: list[torch.Tensor | None], first_is_edge: bool = False, last_is_edge: bool = False
+    ) -> torch.Tensor:
+        """One row of the output, of the three around it; beyond the picture's edge are zeros."""
+        three = torch.cat([part for part in window if part is not None], dim=ROW)
+        three = F.pad(three, (0, 0, int(first_is_edge), int(last_is_edge)))
+        return F.conv2d(three, self.weight, self.bias, padding=(0, 1))
+
+
+class RowGroupNorm(nn.Module):
+    """A group norm with the statistics of all ranks: done with the band's own, then corrected in place."""
+
+    def __init__(self, norm: nn.GroupNorm, context: ParallelContext):
+        super().__init__()
+        self.weight, self.bias, self._context = norm.weight, norm.bias, context
+        self._groups, self._eps = norm.num_groups, norm.eps
+
+    def forward(self, band: torch.Tensor) -> torch.Tensor:
+        """(B, C, [T,] rows, W), normalised over everything but batch and groups of channels."""
+        batch, channels = band.shape[:2]
+        places = band[0, 0].numel()
+        result, mean, inverse = torch.native_group_norm(
+            band.contiguous(), None, None, batch, channels, places, self._groups, self._eps
+        )
+        own_mean, own_variance = mean.double(), inverse.double() ** -2 - self._eps
+        mean, variance = self._joined(float(places), own_mean, own_variance)
+        deviation = (variance + self._eps).sqrt()
+        scale = (own_variance + self._eps).sqrt() / deviation
+        shift = (own_mean - mean) / deviation
+        each = channels // self._groups
+        scale, shift = (part.repeat_interleave(each, dim=1) for part in (scale, shift))
+        scale, shift = scale * self.weight, shift * self.weight + self.bias
+        shape = (batch, channels, *(1,) * (band.ndim - 2))
+        scale, shift = (part.to(result.dtype).view(shape) for part in (scale, shift))
+        return torch.addcmul(shift, result, scale, out=result)
+
+    def _joined(
+        self, places: float, mean: torch.Tensor, variance: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance, (B, groups), of all bands (Chan, Golub and LeVeque, 1979)."""
+        own = torch.stack([torch.full_like(mean, places), mean, variance]).float()
+        bands = [torch.empty_like(own) for _ in range(self._context.world_size)]
+        dist.all_gather(bands, own, group=self._context.group)
+        count, means, variances = torch.stack(bands).double().unbind(1)
+        weights = count / count.sum(0)
+        mean = (weights * means).sum(0)
+        return mean, (weights * (variances + (means - mean) ** 2)).sum(0)
+
+
+def use_lean_layers(rows: nn.Module, context: ParallelContext) -> None:
+    """Put these layers in the place of DistVAE's, wherever they fit."""
+    for parent in list(rows.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, GroupNormAdapter):
+                setattr(parent, name, RowGroupNorm(child.group_norm, context))
+            elif isinstance(child, Conv2dAdapter) and RowConv2d.fits(child.conv2d):
+                setattr(parent, name, RowConv2d(child.conv2d, context))
+
+
+def neighbours(
+    band: torch.Tensor, context: ParallelContext
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The row above a band and the row below it; None beyond the edge of the picture."""
+    first, last = band.narrow(ROW, 0, 1), band.narrow(ROW, band.shape[ROW] - 1, 1)
+    operations, received = [], []
+    for other, own in ((context.rank - 1, first), (context.rank + 1, last)):
+        if not 0 <= other < context.world_size:
+            received.append(None)
+            continue
+        rank = context.global_rank(other)
+        received.append(own.new_empty(own.shape))
+        operations += [
+            dist.P2POp(dist.isend, own.contiguous(), rank, group=context.group),
+            dist.P2POp(dist.irecv, received[-1], rank, group=context.group),
+        ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received[0], received[1]
