@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw
 ATTRIBUTES = ("colour", "shape", "position", "background", "size")
 _FOREGROUND_DISTANCE = 45.0  # in RGB: far above noise, half the distance of the closest colours
 _SMALLEST_SHAPE = 40  # pixels of a 128 pixel picture; less is a speck
-_SMALLEST_HOLE = 0.08  # of the shape: the demo LoRA's outlines have holes of a third
 _TEMPLATE_SIDE = 32
 _WORST_OVERLAP = 0.6  # the two most alike shapes overlap by 0.8, a blot by less than this
 _POSITION_TOLERANCE = 13.0  # half the way from the centre to any other position
@@ -101,12 +100,6 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
     return result
 
 
-def _filled(mask: np.ndarray) -> np.ndarray:
-    """A mask without holes: everything the border cannot reach around it."""
-    outside = _largest_component(np.pad(~mask, 1, constant_values=True))
-    return ~outside[1:-1, 1:-1]
-
-
 def _normalised(mask: np.ndarray) -> np.ndarray:
     """The mask's bounding box stretched to the template size: shape without place and size."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -142,12 +135,8 @@ def _read_position(x: float, y: float) -> str | None:
     return nearest if distances[nearest] <= _POSITION_TOLERANCE else None
 
 
-def _shape_mask(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of a picture of any size: its pixels at 128 x 128, the ground's colour, where the shape is.
-
-    Raises:
-        ValueError: it is no uint8 picture (height, width, 3).
-    """
+def read_picture(picture: np.ndarray) -> Reading:
+    """Read a uint8 picture (height, width, 3) of any size; distances are scaled to 128 pixels."""
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"expected uint8 (height, width, 3), got {picture.dtype} {picture.shape}")
     side = (PICTURE_SIZE, PICTURE_SIZE)
@@ -155,29 +144,13 @@ def _shape_mask(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
         picture = np.asarray(Image.fromarray(picture).resize(side, Image.Resampling.BOX))
     pixels = picture.astype(np.float32)
     ground = _border_colour(pixels)
-    return (
-        pixels,
-        ground,
-        _largest_component(np.linalg.norm(pixels - ground, axis=2) > _FOREGROUND_DISTANCE),
-    )
-
-
-def is_outlined(picture: np.ndarray) -> bool:
-    """Whether a uint8 picture (height, width, 3) shows an outline: a shape with the ground inside it."""
-    _, _, mask = _shape_mask(picture)
-    whole = _filled(mask)
-    return bool(mask.sum() >= _SMALLEST_SHAPE and (whole & ~mask).sum() >= _SMALLEST_HOLE * whole.sum())
-
-
-def read_picture(picture: np.ndarray) -> Reading:
-    """Read a uint8 picture (height, width, 3) of any size; distances are scaled to 128 pixels."""
-    pixels, ground, mask = _shape_mask(picture)
     background = _nearest_colour(ground)
+    mask = _largest_component(np.linalg.norm(pixels - ground, axis=2) > _FOREGROUND_DISTANCE)
     if mask.sum() < _SMALLEST_SHAPE:
         return Reading(None, None, None, background, None)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     centre = PICTURE_SIZE / 2
-    shape, overlap = _read_shape(_filled(mask))  # an outlined circle is a circle
+    shape, overlap = _read_shape(mask)
     extent = max(np.ptp(rows), np.ptp(columns)) + 1
     return Reading(
         colour=_nearest_colour(np.median(pixels[mask], axis=0)),

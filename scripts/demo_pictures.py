@@ -132,24 +132,17 @@ def _jittered(colour: str, rng: random.Random, spread: int) -> tuple[int, ...]:
     return tuple(min(255, max(0, c + rng.randint(-spread, spread))) for c in COLOURS[colour])
 
 
-def draw_picture(scene: Scene, rng: random.Random, hole: float = 0.0) -> np.ndarray:
-    """A uint8 picture (128, 128, 3) of a fully described scene, with small natural variation.
-
-    `hole` is the radius, in units of the shape's, of a hole of the same shape in it: an outline is left.
-    """
+def draw_picture(scene: Scene, rng: random.Random) -> np.ndarray:
+    """A uint8 picture (128, 128, 3) of a fully described scene, with small natural variation."""
     if not (scene.position and scene.background and scene.size):
         raise ValueError(f"only a fully described scene can be drawn, not {scene}")
     side = PICTURE_SIZE * _SUPERSAMPLING
-    ground = _jittered(scene.background, rng, 6)
-    picture = Image.new("RGB", (side, side), ground)
+    picture = Image.new("RGB", (side, side), _jittered(scene.background, rng, 6))
     radius = SIZES[scene.size] * rng.uniform(0.94, 1.06)
     x, y = (PICTURE_SIZE / 2 + offset + rng.uniform(-3, 3) for offset in POSITIONS[scene.position])
-
-    def outline(size: float) -> list[tuple[float, float]]:
-        points = shape_outline(scene.shape)
-        return [((x + size * u) * _SUPERSAMPLING, (y + size * v) * _SUPERSAMPLING) for u, v in points]
-
-    ImageDraw.Draw(picture).polygon(outline(radius), fill=_jittered(scene.colour, rng, 6))
-    if hole:
-        ImageDraw.Draw(picture).polygon(outline(hole * radius), fill=ground)
+    outline = [
+        ((x + radius * u) * _SUPERSAMPLING, (y + radius * v) * _SUPERSAMPLING)
+        for u, v in shape_outline(scene.shape)
+    ]
+    ImageDraw.Draw(picture).polygon(outline, fill=_jittered(scene.colour, rng, 6))
     return np.asarray(picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX))

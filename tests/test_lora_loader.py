@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from comfy_xdit.remote import RemoteModel
 from comfy_xdit.spec import ModelSpec
 from tests import lora_files, tiny
 from tests.lora_files import NAMINGS, merged, write
+from tests.pipefusion_runs import ALL, plain, request
 
-PER_CALL = 1e-5
+PER_CALL, PER_RUN = 1e-5, 1e-4
 ONE = ParallelConfig()
 LAYOUTS = {
     "1 rank": ONE,
@@ -158,6 +160,20 @@ def test_biases_norms_and_whole_weights(model, inputs, tmp_path):
     tensors = {f"{native}.diff": difference, f"{native}.lora_B.bias": shift, set_name: new_norm}
     remote = loaded(handle(model), saved(tensors, tmp_path / "whole.safetensors"), 0.6)
     assert error(remote, module, model, inputs) <= PER_CALL
+
+
+def test_under_pipefusion_each_stage_changes_its_own_blocks(model, tmp_path):
+    """PipeFusion is exact where every step is a warm-up: the run equals plain diffusers."""
+    base = handle(model, ParallelConfig(pipefusion_degree=2, warmup_steps=ALL))
+    asked = request(model)
+    plain_run = base.sample(asked)
+    tensors, change = write(model, NAMINGS["diffusers"], 10)
+    remote, text = add_lora(base, str(saved(tensors, tmp_path / "lora.safetensors")), 0.8, headless)
+    assert "Left out" not in text, "what one stage lacks another one has"
+    expected = plain(replace(model, module=merged(model, (change, 0.8))), asked)
+    assert tiny.relative_l2(remote.sample(replace(asked, patches=remote.patches)), expected) <= PER_RUN
+    assert tiny.relative_l2(plain_run, expected) > 100 * PER_RUN
+    assert torch.equal(base.sample(asked), plain_run)
 
 
 # ---------------------------------------------------------------------- what it costs, and what is told
