@@ -56,7 +56,8 @@ def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConf
     chosen = parse_devices(devices, available)
     if strategy == "auto":
         ranks = len(chosen) or automatic(available).world_size
-        return ParallelConfig(ulysses_degree=ranks, devices=chosen).check(available)
+        shard = bool(widgets.get("shard_weights", False))
+        return ParallelConfig(ulysses_degree=ranks, shard_weights=shard, devices=chosen).check(available)
     return ParallelConfig(devices=chosen, **widgets).check(available)
 
 
