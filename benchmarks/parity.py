@@ -47,9 +47,7 @@ SHARDED = {
     "Ring 2, sharded": ParallelConfig(ring_degree=2, shard_weights=True),
     "CFG 2, sharded": ParallelConfig(cfg_parallel_degree=2, shard_weights=True),
     "data 2, sharded": ParallelConfig(data_parallel_degree=2, shard_weights=True),
-    "CFG 2 x Ulysses 2, sharded": ParallelConfig(
-        cfg_parallel_degree=2, ulysses_degree=2, shard_weights=True
-    ),
+    "CFG 2 x Ulysses 2, sharded": ParallelConfig(cfg_parallel_degree=2, ulysses_degree=2, shard_weights=True),
     "PipeFusion 2 x Ulysses 2, sharded": ParallelConfig(
         pipefusion_degree=2, ulysses_degree=2, shard_weights=True, warmup_steps=ALL
     ),

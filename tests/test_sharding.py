@@ -107,9 +107,7 @@ def test_low_precision_gives_the_bits_of_whole_weights(tiny_models, layout):
     handles, layouts = [], (layout, replace(layout, shard_weights=False))  # held: both groups stay
     for model in (tiny_models[name] for name in MODELS):
         for dtype in ("bf16", "fp16"):
-            handles += [
-                remote_of(model, one, dtype) for one in (layout, replace(layout, shard_weights=False))
-            ]
+            handles += [remote_of(model, one, dtype) for one in layouts]
             sharded, whole = (remote.denoise(*inputs(model, 2)) for remote in handles[-2:])
             assert torch.equal(sharded, whole), f"{model.file.name} {dtype}"
 
