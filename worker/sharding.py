@@ -57,7 +57,7 @@ class ShardedWeights:
                 self.places[f"{block}.{name}"] = place
                 end = place.stop
             self._lengths.append(-(-end // ranks))
-        self._coming: tuple[int, dist.Work] | None = None
+        self._coming: tuple[int, list[dist.Work]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -121,19 +121,29 @@ class ShardedWeights:
     def _gather(self, number: int) -> None:
         """Have the weights of a block, and let those of the next one come."""
         if self._coming is None or self._coming[0] != number:
-            if self._coming is not None:  # of a call that an error ended
-                self._coming[1].wait()
+            self._settle()  # of a call that an error ended
             self._start(number)
-        self._coming[1].wait()
-        self._coming = None
+        self._settle()
         if number + 1 < len(self._blocks):
             self._start(number + 1)
 
+    def _settle(self) -> None:
+        for work in self._coming[1] if self._coming is not None else ():
+            work.wait()
+        self._coming = None
+
     def _start(self, number: int) -> None:
-        work = dist.all_gather_into_tensor(
-            self._rows[number], self._parts[number], group=self._group, async_op=True
-        )
-        self._coming = (number, work)
+        row, part = self._rows[number], self._parts[number]
+        if part.device.type == "cuda":
+            works = [dist.all_gather_into_tensor(row, part, group=self._group, async_op=True)]
+        else:  # gloo gathers into a copy of the whole row, and broadcasts in place
+            parts = row.chunk(self._ranks)
+            parts[self._rank].copy_(part)
+            works = [
+                dist.broadcast(one, group=self._group, group_src=rank, async_op=True)
+                for rank, one in enumerate(parts)
+            ]
+        self._coming = (number, works)
 
     def _has(self, place: Place) -> bool:
         start, stop = self._own(place)
