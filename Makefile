@@ -5,7 +5,7 @@ COMFYUI_VENV := .venv-comfyui/$(notdir $(abspath $(COMFYUI_DIR)))
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-comfyui bench parity lint clean
+.PHONY: demo test test-comfyui bench parity simulate lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m comfy_xdit demo
@@ -20,9 +20,15 @@ lint: $(VENV)/.ready
 parity: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.parity
 
+# The planner on described clusters against published latencies; writes docs/planner.md.
+simulate: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.simulation
+
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.bridge
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.traffic
+	$(BIN)/python -m benchmarks.speed
 
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
 # One environment per checkout: each wants its own front end.

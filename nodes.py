@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import Interrupted, InvalidInput, XDiTError
-from comfy_xdit.parallel import DEGREES, ParallelConfig, automatic, available_devices, parse_devices
+from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig, available_devices, parse_devices
 from comfy_xdit.spec import WEIGHT_DTYPES, ModelSpec
 
 if TYPE_CHECKING:
@@ -46,18 +46,22 @@ def surroundings() -> ModuleType:
 # ---------------------------------------------------------------------- what the nodes do
 
 
-def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConfig:
-    """The layout that XDiTParallelConfig describes, checked against this machine.
+def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConfig | Automatic:
+    """What XDiTParallelConfig describes, checked against this machine; the loader chooses for `auto`.
 
     Raises:
-        InvalidInput: a device that is not there, or degrees that do not fit the devices.
+        InvalidInput: a device that is not there, degrees that do not fit the devices, or weights to be
+            sharded by `auto`.
     """
     available = available_devices()
     chosen = parse_devices(devices, available)
     if strategy == "auto":
-        ranks = len(chosen) or automatic(available).world_size
-        shard = bool(widgets.get("shard_weights", False))
-        return ParallelConfig(ulysses_degree=ranks, shard_weights=shard, devices=chosen).check(available)
+        if widgets.get("shard_weights"):
+            raise InvalidInput(
+                "shard_weights with strategy auto is not in this version: the planner does not know it. "
+                "Set strategy to manual with the degrees you want, or shard_weights to false."
+            )
+        return Automatic(chosen)
     return ParallelConfig(devices=chosen, **widgets).check(available)
 
 
@@ -72,22 +76,39 @@ def loaded(remote: Remote, here: ModuleType) -> Remote:
     return remote
 
 
-def load_diffusion_model(unet_name: str, weight_dtype: str, parallel: ParallelConfig | None) -> Any:
+def planned(parallel: ParallelConfig | Automatic | None, spec: ModelSpec, here: ModuleType) -> ParallelConfig:
+    """The layout for the transformer `spec`: the one that is given, or the planner's."""
+    from comfy_xdit.auto import layout_of
+
+    here.begin()
+    try:
+        return layout_of(parallel or Automatic(), spec, here.interrupted)
+    except Interrupted:
+        here.raise_if_interrupted()
+        raise
+
+
+def load_diffusion_model(
+    unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
+) -> Any:
     """A MODEL over one diffusion model file."""
     from comfy_xdit.remote import RemoteModel
 
     here = surroundings()
     spec = ModelSpec.of(here.diffusion_model_path(unet_name), "transformer", weight_dtype)
-    return here.model_of(loaded(RemoteModel(spec, parallel or automatic(available_devices())), here))
+    layout = planned(parallel, spec, here)
+    return here.model_of(loaded(RemoteModel(spec, layout), here))
 
 
-def load_pipeline(name: str, weight_dtype: str, parallel: ParallelConfig | None) -> tuple[Any, Any, Any]:
+def load_pipeline(
+    name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
+) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE over one diffusers folder."""
     from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
 
     here = surroundings()
     folder = here.pipeline_path(name)
-    layout = parallel or automatic(available_devices())
+    layout = planned(parallel, ModelSpec.of(folder, "transformer", weight_dtype), here)
 
     def handle(kind: str, remote: type[Remote]) -> Remote:
         return loaded(remote(ModelSpec.of(folder, kind, weight_dtype), layout), here)
@@ -178,7 +199,7 @@ class XDiTParallelConfig:
             }
         }
 
-    def configure(self, **widgets: Any) -> tuple[ParallelConfig]:
+    def configure(self, **widgets: Any) -> tuple[ParallelConfig | Automatic]:
         """The layout, checked: degrees that do not fit are an error of this node."""
         return (parallel_config(**widgets),)
 
@@ -201,7 +222,7 @@ class XDiTLoadPipeline:
         }
 
     def load(
-        self, pipeline: str, weight_dtype: str, parallel: ParallelConfig | None = None
+        self, pipeline: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None = None
     ) -> tuple[Any, ...]:
         """Start the ranks if need be, and have them load."""
         return load_pipeline(pipeline, weight_dtype, parallel)
@@ -227,7 +248,9 @@ class XDiTLoadDiffusionModel:
             "optional": {"parallel": _PARALLEL},
         }
 
-    def load(self, unet_name: str, weight_dtype: str, parallel: ParallelConfig | None = None) -> tuple[Any]:
+    def load(
+        self, unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None = None
+    ) -> tuple[Any]:
         """Start the ranks if need be, and have them load."""
         return (load_diffusion_model(unet_name, weight_dtype, parallel),)
 

@@ -72,9 +72,36 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=1)
     demo.set_defaults(command=_demo)
 
+    _add_plan(commands.add_parser("plan", help="say which layout of ranks is fastest, and why"))
+
     doctor = commands.add_parser("doctor", help="say what this machine has and what is missing")
+    doctor.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to check; by default the one this is in"
+    )
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--model", type=Path, help="a diffusion model file, or a diffusers folder")
+    plan.add_argument(
+        "--family", default="flux", help="a published shape instead: flux, sd3, sd3.5-large ..."
+    )
+    plan.add_argument("--devices", help="e.g. '8 x L40 PCIe' or '2 x 8 H100 Ethernet'; default: this machine")
+    plan.add_argument("--width", type=int, default=1024, help="pixels (1024)")
+    plan.add_argument("--height", type=int, default=1024, help="pixels (1024)")
+    plan.add_argument("--steps", type=int, default=20)
+    plan.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (1)")
+    plan.add_argument(
+        "--cfg",
+        action=argparse.BooleanOptionalAction,
+        help="whether a negative prompt guides (default: as the family does)",
+    )
+    plan.add_argument(
+        "--pipefusion", action="store_true", help="list PipeFusion too (XDiTSampler, not exact)"
+    )
+    plan.add_argument("--all", action="store_true", help="every candidate, not the first dozen")
+    plan.set_defaults(command=_plan)
 
 
 def _run(chosen: argparse.Namespace) -> int:
@@ -99,11 +126,22 @@ def _demo(chosen: argparse.Namespace) -> int:
     return DONE
 
 
-def _doctor(_chosen: argparse.Namespace) -> int:
+def _plan(chosen: argparse.Namespace) -> int:
+    from comfy_xdit import plan_command
+
+    size = {name: getattr(chosen, name) for name in ("width", "height", "steps", "batch", "cfg")}
+    for line in plan_command.lines(
+        chosen.model, chosen.family, chosen.devices, chosen.pipefusion, chosen.all, **size
+    ):
+        print(line)
+    return DONE
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
     from comfy_xdit.doctor import examine
 
     healthy = True
-    for finding in examine():
+    for finding in examine(chosen.comfyui):
         print(finding)
         healthy = healthy and finding.fine
     return DONE if healthy else FAILED

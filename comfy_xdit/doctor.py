@@ -1,20 +1,30 @@
-"""Looks at this Python and this machine: what the pack needs, what is there, do ranks start."""
+"""Looks at this Python, machine and ComfyUI: what the pack needs, what is there, do ranks start."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import InvalidInput, XDiTError
 
 REQUIREMENTS = ROOT / "requirements.txt"
 TORCH = "torch>=2.8"  # in no requirements file: a pack must never replace the torch a ComfyUI has
+SELF_CHECK_SECONDS = 120.0
+# In a process of its own: importing ComfyUI sets up devices, logging and names like `nodes`.
+_SELF_CHECK = """
+import comfy.cli_args, torch
+comfy.cli_args.args.cpu = not torch.cuda.is_available()
+from comfy_xdit.comfy_types.contract import findings
+print(*("finding: " + sentence for sentence in findings()), "end", sep="\\n")
+"""
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*([^#;]*)")
 _BOUND = re.compile(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)")
 _COMPARISONS = {
@@ -37,8 +47,12 @@ class Finding:
         return f"[{'ok' if self.fine else '!!'}] {self.text}"
 
 
-def examine() -> Iterator[Finding]:
-    """Findings in the order a person would look: Python, packages, devices, ranks."""
+def examine(comfyui: Path | None = None) -> Iterator[Finding]:
+    """Findings in the order a person would look: Python, packages, devices, ranks, ComfyUI.
+
+    Args:
+        comfyui: folder of the ComfyUI to look at; None for the one this pack is installed in.
+    """
     yield Finding(f"Python {platform.python_version()} at {sys.executable}")
     packages = [package_finding(line) for line in [TORCH, *_requirement_lines()]]
     yield from packages
@@ -46,6 +60,44 @@ def examine() -> Iterator[Finding]:
         return  # ranks cannot start; what to do is said already
     yield from device_findings()
     yield rank_finding()
+    yield from comfyui_findings(comfyui or own_comfyui())
+
+
+def own_comfyui() -> Path | None:
+    """The ComfyUI in whose custom_nodes folder this pack is, if it is in one."""
+    return ROOT.parent.parent if ROOT.parent.name == "custom_nodes" else None
+
+
+def comfyui_findings(folder: Path | None) -> Iterator[Finding]:
+    """Does this ComfyUI do what the pack relies on? One finding for each point where it does not."""
+    if folder is None:
+        yield Finding("not installed in a ComfyUI; name one with --comfyui FOLDER to have it checked")
+        return
+    if not (folder / "comfy").is_dir():
+        yield Finding(f"{folder} is no ComfyUI: it has no folder named comfy", fine=False)
+        return
+    path = os.pathsep.join(
+        [str(folder), str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _SELF_CHECK],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=SELF_CHECK_SECONDS,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or "end" not in lines:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        yield Finding(f"ComfyUI in {folder} could not be looked at: {last}", fine=False)
+        return
+    changed = [line.removeprefix("finding: ") for line in lines if line.startswith("finding: ")]
+    yield from (
+        Finding(f"this ComfyUI differs from those known: {sentence}", fine=False) for sentence in changed
+    )
+    if not changed:
+        yield Finding(f"ComfyUI in {folder} is as this pack knows it")
 
 
 def package_finding(requirement: str) -> Finding:
@@ -70,7 +122,8 @@ def device_findings() -> Iterator[Finding]:
     """The devices ranks can be put on."""
     import torch
 
-    from comfy_xdit.parallel import automatic, available_devices
+    from comfy_xdit.parallel import available_devices
+    from comfy_xdit.plan_command import outline
 
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -79,7 +132,7 @@ def device_findings() -> Iterator[Finding]:
     else:
         built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
         yield Finding(f"no GPU (torch is {built}): ranks run on the CPU, {os.cpu_count()} cores")
-    yield Finding(f"strategy auto here: {automatic(available_devices()).describe()}")
+    yield from (Finding(line) for line in outline(available_devices()))
 
 
 def rank_finding() -> Finding:

@@ -56,7 +56,7 @@ def rank_environment(
         "WORLD_SIZE": str(len(devices)),
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": _threads(len(devices)),
+        "OMP_NUM_THREADS": str(rank_threads(len(devices))),
         "HF_HUB_OFFLINE": "1",  # a checkpoint is a file of this machine: no rank asks a hub
         "TRANSFORMERS_OFFLINE": "1",
         "DIFFUSERS_VERBOSITY": "error",
@@ -67,8 +67,9 @@ def rank_environment(
     return environment
 
 
-def _threads(world_size: int) -> str:
-    return os.environ.get("XDIT_OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // world_size))
+def rank_threads(world_size: int) -> int:
+    """Threads one of `world_size` CPU ranks computes with."""
+    return int(os.environ.get("XDIT_OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world_size))
 
 
 def _visible(device: str, allowed: str | None) -> str:

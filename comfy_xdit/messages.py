@@ -22,7 +22,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Check:
-    """Say whether `spec` could be loaded under `parallel`, without loading it. Answer: None."""
+    """Say whether `spec` could be loaded under `parallel`, without loading it.
+
+    Answer: what `Load` would answer of a transformer, else None.
+    """
 
     spec: ModelSpec
     parallel: ParallelConfig

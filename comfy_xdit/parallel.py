@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, fields
 
 from comfy_xdit.errors import InvalidInput
@@ -123,11 +122,11 @@ def available_devices() -> tuple[str, ...]:
     return ("cpu",) * 8
 
 
-def automatic(available: tuple[str, ...]) -> ParallelConfig:
-    """The layout for strategy `auto`: Ulysses over every GPU, over at most two ranks on CPU.
+@dataclass(frozen=True)
+class Automatic:
+    """Strategy `auto`: the loader chooses the layout, when it knows the model (comfy_xdit/auto.py).
 
-    Ulysses alone helps every family, with guidance or without; the choice between methods by
-    measured speed is the planner's, which this version does not have.
+    `devices` are those it may use; empty means all the machine offers.
     """
-    ranks = len(available) if available[0] != "cpu" else min(2, os.cpu_count() or 1)
-    return ParallelConfig(ulysses_degree=ranks)
+
+    devices: tuple[str, ...] = ()

@@ -33,6 +33,7 @@ from comfy_xdit.messages import (
 )
 from comfy_xdit.parallel import ParallelConfig, available_devices
 from comfy_xdit.patches import SentPatches
+from comfy_xdit.refine import Calls
 from comfy_xdit.spec import ModelSpec
 
 Interrupt = Callable[[], bool]
@@ -137,6 +138,7 @@ class RemoteModel(Remote):
 
     sent: SentTensors = field(default_factory=SentTensors, repr=False)
     patches: PatchSet = field(default=NO_PATCHES, repr=False)
+    calls: Calls = field(default_factory=Calls, repr=False)
 
     def denoise(
         self,
@@ -169,11 +171,14 @@ class RemoteModel(Remote):
             return Denoise(self.spec, x, timestep, referred, forget, control, patches)
 
         try:
-            return self._call(message, interrupted=interrupted).value
+            output = self._call(message, interrupted=interrupted).value
         except BaseException:
             self.sent.reset()
             _sent_patches[self.parallel].reset()
             raise
+        if control is None and "ref_latents" not in conditions:
+            self._note(Denoise, x)
+        return output
 
     def sample(
         self,
@@ -188,12 +193,22 @@ class RemoteModel(Remote):
             return replace(request, patches=patches, warmup_steps=self.parallel.warmup_steps)
 
         try:
-            return self._call(message, on_progress=on_progress, interrupted=interrupted).value
+            latent = self._call(message, on_progress=on_progress, interrupted=interrupted).value
         except Interrupted:  # at a step boundary: everything had arrived
             raise
         except BaseException:
             _sent_patches[self.parallel].reset()
             raise
+        if "ref_latents" not in request.positive:
+            steps = len(request.sigmas) - 1
+            self._note(Sample, request.latent, request.negative is not None, request.sampler, steps)
+        return latent
+
+    def _note(self, word: type, latent: torch.Tensor, *loop: Any) -> None:
+        """The last call of this kind teaches the planner."""
+        group = worker_group(self.parallel)
+        timing = group.timings.get(word.__name__)
+        self.calls.note(self.info, group.parallel, timing, tuple(latent.shape), *loop)
 
 
 def _refuse_pipefusion(parallel: ParallelConfig, control: Any) -> None:

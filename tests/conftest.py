@@ -20,6 +20,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the times that this user's machine remembers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _no_group_survives() -> Iterator[None]:
     """Every group the tests started is closed at the end, so that no rank outlives the run."""
     yield

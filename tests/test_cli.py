@@ -157,6 +157,14 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(monkeypatch, capsys):
     assert f"{sys.executable} -m pip install 'no-such-package-here>=1'" in printed
 
 
+def test_doctor_says_what_is_no_comfyui_and_what_cannot_be_looked_at(tmp_path):
+    (elsewhere,) = doctor.comfyui_findings(tmp_path)
+    assert not elsewhere.fine and "is no ComfyUI" in elsewhere.text
+    (tmp_path / "comfy").mkdir()
+    (empty,) = doctor.comfyui_findings(tmp_path)
+    assert not empty.fine and "could not be looked at: ModuleNotFoundError" in empty.text
+
+
 @pytest.mark.parametrize(
     ("requirement", "fine"),
     [

@@ -80,9 +80,13 @@ class Engine:
         """Have the spec in memory; returns its description."""
         return self._require(message.spec).describe()
 
-    def check(self, message: Check, _run: Run) -> None:
-        """Open the spec, which finds everything that can be wrong with it, and let it go."""
-        self._open(message.spec, Degrees.of(message.parallel))
+    def check(self, message: Check, _run: Run) -> dict[str, Any] | None:
+        """Open the spec, which finds everything that can be wrong with it, and let it go.
+
+        Returns the description of a transformer: layouts are planned by it before any is loaded.
+        """
+        opened = self._open(message.spec, Degrees.of(message.parallel))
+        return opened.describe() if isinstance(opened, Transformer) else None
 
     def denoise(self, message: Denoise, _run: Run) -> torch.Tensor | None:
         """One transformer call; the output goes to the host from rank 0 only."""

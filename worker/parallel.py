@@ -170,6 +170,8 @@ class RankGroups:
             ring_degree=self.degrees.ring,
             backend=backend,
         )
+        if distributed.get_pp_group().ranks not in self._stage_ranks():
+            raise RuntimeError(f"xfuser puts rank {self.rank} into {distributed.get_pp_group().ranks}")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ HOST_OPTIONS = {
     "uuids",
     "wrappers",
 }
+# What is plain numbers, and travels: a family in the ranks takes it as a condition, or refuses it.
+RANK_OPTIONS = ("rope_options",)
 
 
 def model_of(remote: RemoteModel) -> RemotePatcher:
@@ -74,20 +76,28 @@ def compute_dtype(remote: RemoteModel) -> torch.dtype:
     )
 
 
-def check_transformer_options(options: Mapping[str, Any]) -> None:
-    """Raise InvalidInput for anything that would have to act inside the transformer.
+def rank_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of transformer_options acts inside the transformer and travels to the ranks.
 
     Everything unknown is refused: what an entry does is its reader's business, and the readers
     are inside the transformer.
+
+    Raises:
+        InvalidInput: an entry that cannot reach the ranks.
     """
+    travels = {}
     for name, value in options.items():
         if name in HOST_OPTIONS or not _says_something(value):
+            continue
+        if name in RANK_OPTIONS and all(isinstance(part, (int, float)) for part in value.values()):
+            travels[name] = {key: float(part) for key, part in value.items()}
             continue
         inner = f" ({', '.join(map(str, value))})" if isinstance(value, Mapping) else ""
         raise InvalidInput(
             f"a node patches the inside of the transformer (transformer_options {name!r}{inner}), which "
             "cannot reach the ranks. Remove that node, or use the stock loader instead of the xDiT one."
         )
+    return travels
 
 
 def _says_something(value: Any) -> bool:
@@ -132,14 +142,14 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(parameter.name, {})
     x, timestep = (given.pop(name) for name in list(signature.parameters)[:2])
-    check_transformer_options(given.pop("transformer_options", None) or {})
+    options = rank_options(given.pop("transformer_options", None) or {})
     control = residuals(given.pop("control", None))
     if not isinstance(x, torch.Tensor):
         raise InvalidInput(
             f"this family hands {len(x)} latents at once to its transformer, which is not in this version "
             "of comfy_xdit. Use the stock loader."
         )
-    conditions = {name: value for name, value in given.items() if value is not None}
+    conditions = options | {name: value for name, value in given.items() if value is not None}
     if control is not None and LENGTHS in conditions:
         raise InvalidInput(
             "a ControlNet was given prompts of different length in one batch, which it cannot tell from "

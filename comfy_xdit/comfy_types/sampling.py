@@ -16,7 +16,7 @@ import comfy.utils
 import latent_preview
 import torch
 
-from comfy_xdit.comfy_types.model import check_transformer_options, remote_of
+from comfy_xdit.comfy_types.model import rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Progress, Sample
@@ -70,7 +70,7 @@ def sample_request(
         InvalidInput: something in the inputs only a stock KSampler can do.
     """
     remote = remote_of(model)
-    _check_model(model)
+    acting = _check_model(model)
     if sampler_name not in SAMPLERS_IN_RANKS:
         raise InvalidInput(
             f"sampler {sampler_name!r} does not run in the ranks; choose one of "
@@ -88,7 +88,7 @@ def sample_request(
         samples = model.model.process_latent_in(samples)
 
     def conditions(conditioning: list[Any], name: str) -> dict[str, Any]:
-        return _conditions(model, conditioning, name, noise, samples, mask, seed)
+        return acting | _conditions(model, conditioning, name, noise, samples, mask, seed)
 
     guided = not math.isclose(cfg, 1.0)
     request = Sample(
@@ -139,11 +139,15 @@ def _finish(model: RemotePatcher, answer: torch.Tensor) -> torch.Tensor:
     return unscaled.to(comfy.model_management.intermediate_device())
 
 
-def _check_model(model: RemotePatcher) -> None:
-    """Raise InvalidInput for patches that act in the host's sampling loop, which does not run."""
+def _check_model(model: RemotePatcher) -> dict[str, Any]:
+    """What of its transformer_options travels with every call.
+
+    Raises:
+        InvalidInput: the model has patches that act in the host's sampling loop, which does not run.
+    """
     model.refuse_what_stays_here()
     options = dict(model.model_options)
-    check_transformer_options(options.pop("transformer_options", {}))
+    acting = rank_options(options.pop("transformer_options", {}))
     present = [name for name, value in options.items() if value]
     for kind, by_name in (*model.wrappers.items(), *model.callbacks.items()):
         present += [kind] if any(by_name.values()) else []
@@ -153,6 +157,7 @@ def _check_model(model: RemotePatcher) -> None:
             f"a node patches the sampling of this MODEL ({', '.join(map(str, present))}), which the "
             f"ranks' own loop would ignore. {USE_KSAMPLER}"
         )
+    return acting
 
 
 def _multiplier(model: RemotePatcher) -> float:

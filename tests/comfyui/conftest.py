@@ -18,12 +18,18 @@ from safetensors.torch import save_file
 
 from comfy_xdit.environment import ROOT
 from tests import tiny
-from tests.comfyui.inputs import DEMO, FLUX_CONFIG, SHIM, python_path
+from tests.comfyui.inputs import DEMO, FLUX_CONFIG, LAYOUTS, SHIM, python_path
 from worker.models.flux import Flux
 
 HERE = Path(__file__).parent
 COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
-EXTRAS = ("nodes_model_advanced", "nodes_model_merging")  # stock nodes outside ComfyUI's nodes.py
+# Stock nodes outside ComfyUI's nodes.py; a version that lacks one has no node to test.
+EXTRAS = (
+    "advanced_samplers", "apg", "attention_multiply", "cfg", "context_windows", "custom_sampler",
+    "differential_diffusion", "easycache", "edit_model", "eps", "flux", "freelunch", "fresca", "hooks",
+    "hypertile", "ip2p", "mahiro", "model_advanced", "model_merging", "pag", "perpneg", "rope", "sag", "sd3",
+    "slg", "tcfg", "tomesd", "torch_compile",
+)  # fmt: skip
 # Everything the stock code of ComfyUI and its libraries warns about is theirs to mend.
 pytestmark_all = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
 
@@ -53,9 +59,9 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         (models / kind).mkdir()
         folder_paths.add_model_folder_path(kind, str(models / kind))
     nodes = importlib.import_module("nodes")
-    extras = [Path(COMFYUI_DIR, "comfy_extras", f"{name}.py") for name in EXTRAS]
+    extras = [Path(COMFYUI_DIR, "comfy_extras", f"nodes_{name}.py") for name in EXTRAS]
     with torch.inference_mode():
-        for path in (*extras, ROOT):
+        for path in (*filter(Path.is_file, extras), ROOT):
             assert asyncio.run(nodes.load_custom_node(str(path))), f"ComfyUI could not load {path}"
         yield SimpleNamespace(nodes=nodes, models=models, mappings=nodes.NODE_CLASS_MAPPINGS)
     from comfy_xdit.group import running_groups
@@ -71,9 +77,23 @@ def run_node(comfyui: SimpleNamespace) -> Any:
     def run(name: str, **inputs: Any) -> tuple[Any, ...]:
         node = comfyui.mappings[name]
         with torch.inference_mode():
-            return getattr(node(), node.FUNCTION)(**inputs)
+            outputs = getattr(node(), node.FUNCTION)(**inputs)
+        return getattr(outputs, "args", outputs)  # nodes of ComfyUI's newer kind wrap them
 
     return run
+
+
+# Of module scope, so that the tests of one layout run together: another layout is other processes.
+@pytest.fixture(params=LAYOUTS, scope="module")
+def layout_name(request: pytest.FixtureRequest) -> str:
+    """Each layout the tests of this folder compare on."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def degrees(layout_name: str) -> dict[str, int]:
+    """Its degrees."""
+    return LAYOUTS[layout_name]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ FLUX_CONFIG = {
     "pooled_projection_dim": 768,
     "axes_dims_rope": (16, 56, 56),
 }
+FAMILIES = ("sd3", "flux")
+LAYOUTS = {
+    "1rank": {"ulysses_degree": 1},
+    "ulysses2": {"ulysses_degree": 2},
+    "cfg2": {"cfg_parallel_degree": 2},
+}
 FLUX_BYTES = 12e9  # ComfyUI's copy and the ranks' copies, in fp32
 
 
@@ -37,6 +44,15 @@ def python_path() -> str:
 def layout(ranks: int = 1, **degrees: int) -> ParallelConfig:
     """A layout of CPU ranks: Ulysses unless degrees are given."""
     return ParallelConfig(**(degrees or {"ulysses_degree": ranks}))
+
+
+def pair(run_node: Any, name: str, degrees: dict[str, int]) -> SimpleNamespace:
+    """The same file loaded by ComfyUI (`stock`) and into ranks of these degrees (`ours`)."""
+    (stock,) = run_node("UNETLoader", unet_name=name, weight_dtype="default")
+    (ours,) = run_node(
+        "XDiTLoadDiffusionModel", unet_name=name, weight_dtype="default", parallel=layout(**degrees)
+    )
+    return SimpleNamespace(stock=stock, ours=ours)
 
 
 def random_conditioning(model: Any, seed: int, tokens: int = 12) -> list[Any]:

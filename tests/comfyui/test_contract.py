@@ -1,10 +1,14 @@
 """Has this ComfyUI changed anything that comfy_types relies on? Each failure is a sentence."""
 
 import logging
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 
-from tests.comfyui.inputs import layout
+from comfy_xdit import doctor
+from tests.comfyui.inputs import layout, python_path
 
 
 @pytest.fixture
@@ -49,3 +53,24 @@ def test_what_has_changed_is_logged_once_and_stands_in_the_report(contract, run_
     assert [t for t in told if "KSampler.steps is gone." in t] == told[:1]
     assert "gone could not be checked (AttributeError: no _apply_model)." in told[1]
     assert "KSampler.steps is gone." in run_node("XDiTStatus")["result"][0]
+
+
+def test_the_doctor_knows_this_comfyui(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", python_path())
+    (finding,) = doctor.comfyui_findings(Path(os.environ["COMFYUI_DIR"]))
+    assert finding.fine and "is as this pack knows it" in finding.text
+
+
+def test_the_doctor_says_what_a_changed_comfyui_does_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", python_path())
+    changed = tmp_path / "ComfyUI"
+    shutil.copytree(os.environ["COMFYUI_DIR"], changed, ignore=shutil.ignore_patterns(".git"))
+    patcher = changed / "comfy" / "model_patcher.py"
+    known = "def partially_load(self, device_to, extra_memory=0, "
+    assert known in patcher.read_text()
+    patcher.write_text(patcher.read_text().replace(known, known + "urgency=0, "))
+
+    findings = list(doctor.comfyui_findings(changed))
+
+    assert [finding.fine for finding in findings] == [False]
+    assert "ModelPatcher.partially_load" in findings[0].text and "urgency" in findings[0].text

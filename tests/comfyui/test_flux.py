@@ -5,30 +5,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.comfyui.inputs import empty_latent, layout, random_conditioning, random_latent, relative_l2
+from tests.comfyui.inputs import (
+    empty_latent,
+    layout,
+    pair,
+    random_conditioning,
+    random_latent,
+    relative_l2,
+)
 
-PER_RUN = 1e-4
-LAYOUTS = {
-    "1rank": {"ulysses_degree": 1},
-    "ulysses2": {"ulysses_degree": 2},
-    "cfg2": {"cfg_parallel_degree": 2},
-}
-
-
-# Of module scope, so that the tests of one layout run together: another layout is other processes.
-@pytest.fixture(params=LAYOUTS, scope="module")
-def degrees(request) -> dict[str, int]:
-    return LAYOUTS[request.param]
+# Ten times what is measured: a random model looks little at positions, which is what these nodes change.
+PER_RUN = 3e-6
 
 
 @pytest.fixture
 def models(run_node, tiny_flux, degrees) -> SimpleNamespace:
     """The same random file, loaded by ComfyUI and into the ranks."""
-    (stock,) = run_node("UNETLoader", unet_name=tiny_flux, weight_dtype="default")
-    (ours,) = run_node(
-        "XDiTLoadDiffusionModel", unet_name=tiny_flux, weight_dtype="default", parallel=layout(**degrees)
-    )
-    return SimpleNamespace(stock=stock, ours=ours)
+    return pair(run_node, tiny_flux, degrees)
 
 
 def _with(conditioning, **options):
@@ -71,6 +64,25 @@ def test_reference_latents(run_node, models, method):
 def test_guidance_switched_off(run_node, models):
     """FluxDisableGuidance."""
     assert _difference(run_node, models, ("KSampler", "XDiTSampler"), guidance=None) <= PER_RUN
+
+
+def test_positions_scaled_and_shifted(run_node, comfyui, models):
+    """ScaleROPE, beside a reference latent, which it leaves where it is."""
+    if "ScaleROPE" not in comfyui.mappings:
+        pytest.skip("this ComfyUI has no ScaleROPE")
+    references = [random_latent(1, 8, 12)]
+    before = _difference(run_node, models, reference_latents=references)
+    scale = {"scale_x": 1.7, "shift_x": 3.0, "scale_y": 0.6, "shift_y": -2.0, "scale_t": 1.0, "shift_t": 1.5}
+    scaled = SimpleNamespace(
+        stock=run_node("ScaleROPE", model=models.stock, **scale)[0],
+        ours=run_node("ScaleROPE", model=models.ours, **scale)[0],
+    )
+
+    samplers = ("KSampler", "XDiTSampler")
+    unscaled = SimpleNamespace(stock=scaled.stock, ours=models.ours)
+    effect = _difference(run_node, unscaled, reference_latents=references)
+    assert max(before, _difference(run_node, scaled, samplers, reference_latents=references)) <= PER_RUN
+    assert effect > 10 * PER_RUN
 
 
 @pytest.mark.parametrize("guidance", [4.0, 3.5, None], ids=str)

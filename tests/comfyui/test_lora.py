@@ -18,6 +18,7 @@ from tests.comfyui.inputs import (
     conditioning_for,
     empty_latent,
     layout,
+    pair,
     random_latent,
     relative_l2,
 )
@@ -27,26 +28,13 @@ from worker.models.sd3 import SD3
 PER_CALL, PER_RUN = 1e-5, 1e-4
 EXACT = 1e-6
 SD3_CONFIG = {**tiny.SD3_CONFIG, "num_layers": 4}
-LAYOUTS = {
-    "1rank": {"ulysses_degree": 1},
-    "ulysses2": {"ulysses_degree": 2},
-    "cfg2": {"cfg_parallel_degree": 2},
-}
-
-
-# Of module scope, so that the tests of one layout run together: another layout is other processes.
-@pytest.fixture(params=LAYOUTS, scope="module")
-def degrees(request) -> dict[str, int]:
-    return LAYOUTS[request.param]
 
 
 def _pair(run_node, name: str, config: dict[str, Any], degrees: dict[str, int], **options: Any):
     """The same file as stock MODEL and as ours."""
-    (stock,) = run_node("UNETLoader", unet_name=name, weight_dtype="default")
-    (ours,) = run_node(
-        "XDiTLoadDiffusionModel", unet_name=name, weight_dtype="default", parallel=layout(**degrees)
-    )
-    return SimpleNamespace(stock=stock, ours=ours, config=config, options=options)
+    models = pair(run_node, name, degrees)
+    models.config, models.options = config, options
+    return models
 
 
 @pytest.fixture
@@ -156,9 +144,9 @@ def test_two_models_in_one_graph(run_node, sd3, with_lora):
     expected = [_sample(run_node, pair, pair.stock) for pair in (one, other, sd3)]
 
     for _ in range(2):
-        for pair, wanted in zip((one, other, sd3), expected, strict=True):
+        for models, wanted in zip((one, other, sd3), expected, strict=True):
             for node in ("KSampler", "XDiTSampler"):
-                assert relative_l2(_sample(run_node, pair, pair.ours, node), wanted) <= PER_RUN
+                assert relative_l2(_sample(run_node, models, models.ours, node), wanted) <= PER_RUN
 
 
 def test_unloading_in_between(run_node, sd3, with_lora):

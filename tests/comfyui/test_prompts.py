@@ -5,28 +5,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.comfyui.inputs import empty_latent, layout, random_conditioning, random_latent, relative_l2
+from tests.comfyui.inputs import (
+    FAMILIES,
+    empty_latent,
+    pair,
+    random_conditioning,
+    random_latent,
+    relative_l2,
+)
 
 PER_CALL = 1e-5
 PER_RUN = 1e-4
 STEPS = 3
 
 
-@pytest.fixture(params=["1rank", "cfg2"], scope="module")
-def degrees(request) -> dict[str, int]:
-    return {"1rank": {"ulysses_degree": 1}, "cfg2": {"cfg_parallel_degree": 2}}[request.param]
-
-
-@pytest.fixture(params=["sd3", "flux"])
+@pytest.fixture(params=FAMILIES)
 def models(request, run_node, degrees) -> SimpleNamespace:
     """The same random file, loaded by ComfyUI and into the ranks; prompts of 12 and 31 tokens."""
-    name = request.getfixturevalue(f"tiny_{request.param}")
-    (stock,) = run_node("UNETLoader", unet_name=name, weight_dtype="default")
-    (ours,) = run_node(
-        "XDiTLoadDiffusionModel", unet_name=name, weight_dtype="default", parallel=layout(**degrees)
-    )
-    positive, negative = random_conditioning(ours, 1), random_conditioning(ours, 2, tokens=31)
-    return SimpleNamespace(stock=stock, ours=ours.clone(), positive=positive, negative=negative)
+    models = pair(run_node, request.getfixturevalue(f"tiny_{request.param}"), degrees)
+    models.ours = models.ours.clone()
+    models.positive = random_conditioning(models.ours, 1)
+    models.negative = random_conditioning(models.ours, 2, tokens=31)
+    return models
 
 
 @pytest.fixture

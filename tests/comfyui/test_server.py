@@ -23,6 +23,8 @@ from tests.comfyui.server import Client, Run, Server
 SAMPLER = "3"  # its id in the shipped workflows
 LOADER = "4"
 DRIVEN_BY = {"xdit_sampler": "api/demo.json", "ksampler": "api/demo_ksampler.json"}
+# The target is 2 seconds on an idle machine; tests also run on one that is shared.
+SOON = 8.0
 LONG = 3000  # steps: long enough to be met in mid-run
 
 
@@ -160,7 +162,7 @@ def test_killed_rank_is_an_error_of_the_node_and_the_next_prompt_runs(server, pr
     run, killed_at = _run(server, _with(prompt, seed=52, steps=LONG), at_step=5, act=kill)
 
     assert run.end == "execution_error"
-    assert run.ended_at - killed_at < 2.0
+    assert run.ended_at - killed_at < SOON
     assert run.outcome["node_id"] == SAMPLER
     assert f"pid {ranks[-1]}) was ended by SIGKILL" in run.outcome["exception_message"]
     _succeeds(server, _with(prompt, seed=53))
@@ -198,7 +200,7 @@ def test_no_rank_outlives_a_killed_server(tmp_path):
         ranks = [psutil.Process(pid) for pid in server.ranks()]
         server.process.kill()
         server.process.wait()
-        _, left = psutil.wait_procs(ranks, timeout=2.0)
+        _, left = psutil.wait_procs(ranks, timeout=SOON)
         assert ranks
         assert not [process for process in left if not _has_ended(process)]
     finally:

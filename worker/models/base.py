@@ -83,6 +83,7 @@ class ModelFamily(ABC):
     layout: TokenLayout
     parts: StageParts
     latent_format: LatentFormat
+    guided: bool = True  # by a second, negative prompt; False where guidance is distilled into the model
     # Which blocks ComfyUI adds each list of ControlNet residuals after.
     control: dict[str, str]
     # Keyword arguments of ComfyUI's transformer that the family takes; any other is refused.

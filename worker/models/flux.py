@@ -27,7 +27,7 @@ from worker.models.base import (
     whole,
 )
 from worker.models.flux_hooks import ExactTime
-from worker.models.flux_tokens import reference_tokens, token_ids
+from worker.models.flux_tokens import picture_ids, reference_tokens
 from worker.parallel import TokenLayout
 
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
@@ -65,8 +65,9 @@ class Flux(ModelFamily):
     )
     parts = FluxParts()
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
+    guided = False
     control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}
-    conditions = frozenset({"context", "y", "guidance", "ref_latents", "ref_latents_method"})
+    conditions = frozenset({"context", "y", "guidance", "ref_latents", "ref_latents_method", "rope_options"})
 
     def detect(self, shapes: Shapes) -> bool:
         return self.native in shapes or (
@@ -135,7 +136,8 @@ class Flux(ModelFamily):
         references = reference_tokens(
             conditions.get("ref_latents", ()), conditions.get("ref_latents_method", "offset"), x
         )
-        tokens = [(packed(x), token_ids(x.shape, x.device)), *references]
+        positions = picture_ids(x.shape, x.device, conditions.get("rope_options", {}))
+        tokens = [(packed(x), positions), *references]
         image = torch.cat([part for part, _ in tokens], 1)
         kwargs = {
             "hidden_states": image,

@@ -5,7 +5,7 @@ Positions as ComfyUI gives them: (index, row, column). The picture has index 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -19,11 +19,34 @@ def token_ids(
     shape: Sequence[int], device: torch.device, index: float = 0.0, down: int = 0, right: int = 0
 ) -> torch.Tensor:
     """Positions (tokens, 3) of a latent of `shape`, moved down and right by so many latent pixels."""
-    height, width = (-(-size // PATCH) for size in shape[-2:])
-    ids = torch.zeros(height, width, 3, device=device)
-    ids[..., 0] = index
-    ids[..., 1] = (torch.arange(height, device=device) + -(-down // PATCH))[:, None]
-    ids[..., 2] = (torch.arange(width, device=device) + -(-right // PATCH))[None, :]
+    rows, columns = (-(-size // PATCH) for size in shape[-2:])
+    return _grid(
+        index,
+        torch.arange(rows, device=device) + -(-down // PATCH),
+        torch.arange(columns, device=device) + -(-right // PATCH),
+    )
+
+
+def picture_ids(shape: Sequence[int], device: torch.device, rope: Mapping[str, float]) -> torch.Tensor:
+    """Positions (tokens, 3) of the picture, scaled and moved as ComfyUI's ScaleROPE node says.
+
+    `rope` has scale_x, scale_y (factors) and shift_x, shift_y, shift_t (tokens), each if it is set.
+    Reference latents are not moved.
+    """
+    if not rope:
+        return token_ids(shape, device)
+
+    def along(axis: str, size: int) -> torch.Tensor:
+        first, steps = rope.get(f"shift_{axis}", 0.0), -(-size // PATCH)
+        last = first + (steps - 1.0) * rope.get(f"scale_{axis}", 1.0)
+        return torch.linspace(first, last, steps, device=device)
+
+    return _grid(rope.get("shift_t", 0.0), along("y", shape[-2]), along("x", shape[-1]))
+
+
+def _grid(index: float, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    ids = torch.zeros(len(rows), len(columns), 3, device=rows.device)
+    ids[..., 0], ids[..., 1], ids[..., 2] = index, rows[:, None], columns[None, :]
     return ids.reshape(-1, 3)
 
 

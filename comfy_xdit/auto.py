@@ -1,0 +1,127 @@
+"""Strategy `auto`: a layout for one model on this machine, chosen once, when it is loaded.
+
+The number of ranks is fixed when they start, and a loader knows the model but not the picture. The
+plan is for DEFAULT_PIXELS squared with the guidance the family uses; docs/decisions/008-planner.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from comfy_xdit import __version__, planner, remembered
+from comfy_xdit.cluster import Cluster
+from comfy_xdit.group import running_groups, worker_group
+from comfy_xdit.measured import Measured
+from comfy_xdit.messages import Check
+from comfy_xdit.parallel import Automatic, ParallelConfig, available_devices
+from comfy_xdit.planner import Plan
+from comfy_xdit.request import ModelShape, Request
+from comfy_xdit.spec import ModelSpec
+from comfy_xdit.topology import this_machine
+
+NAME = "models.json"
+KEPT = 200  # descriptions
+PROBE = ParallelConfig(devices=("cpu",))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `auto` chose for a model and a request on a cluster, and why."""
+
+    layout: ParallelConfig
+    plan: Plan
+    request: Request
+    cluster: Cluster
+
+    def again(self) -> Plan:
+        """The plan that would be made now, with the times measured since."""
+        return planner.plan(self.request, self.cluster, Measured.load())
+
+
+# Kept as long as the process: times measured meanwhile must not restart ranks in the middle of work.
+_chosen: dict[tuple[ModelSpec, tuple[str, ...]], Chosen] = {}
+
+
+def layout_of(
+    parallel: ParallelConfig | Automatic, spec: ModelSpec, interrupted: Callable[[], bool] | None = None
+) -> ParallelConfig:
+    """The layout itself, or the one that `auto` chooses for the transformer `spec`.
+
+    Raises:
+        InvalidInput: the file is no transformer a rank can load.
+        Interrupted: the person stopped it while a rank was starting.
+    """
+    if isinstance(parallel, ParallelConfig):
+        return parallel
+    available = available_devices()
+    devices = parallel.devices or available
+    if len(devices) == 1:  # nothing to choose, so nobody need be asked
+        return ParallelConfig(devices=devices)
+    key = (spec, devices)
+    if key not in _chosen:
+        info = description(spec, interrupted)
+        cluster = machine(devices)
+        kind = cluster.device.kind
+        request = Request.picture(ModelShape.of(info), dtype_bytes=dtype_bytes(info, spec, kind))
+        plan = planner.plan(request, cluster, Measured.load())
+        layout = plan.pick.layout
+        layout = replace(layout, devices=devices[: layout.world_size]).check(available)
+        _chosen[key] = Chosen(layout, plan, request, cluster)
+    return _chosen[key].layout
+
+
+def chosen_for(layout: ParallelConfig) -> list[tuple[str, Chosen]]:
+    """Path of the model and choice, of every model that runs under `layout` because `auto` chose it."""
+    return [(spec.path, chosen) for (spec, _), chosen in _chosen.items() if chosen.layout == layout]
+
+
+def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) -> dict[str, Any]:
+    """What a rank says of the transformer `spec` from its header; no weight is read.
+
+    Families are known in the ranks alone. A group that runs is asked; without one a CPU rank
+    starts, which goes when other ranks are needed, or stays when one is the plan. The answer is
+    remembered as long as the file is the same.
+    """
+    key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype}"
+    held = remembered.read(NAME, _check)
+    if key in held:
+        return held[key]
+    running = [group for group in running_groups() if group.pids]
+    group = running[0] if running else worker_group(PROBE)
+    told = group.call(Check(spec, ParallelConfig()), ranks=(0,), interrupted=interrupted).value
+
+    def change(models: dict[str, Any]) -> bool:
+        models[key] = told
+        for oldest in list(models)[:-KEPT]:
+            del models[oldest]
+        return True
+
+    remembered.update(NAME, _check, change)
+    return told
+
+
+def _check(models: Any) -> None:
+    """Raise ValueError for what holds something that is no description."""
+    try:
+        for told in models.values():
+            ModelShape.of(told)
+            told["stored"]
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"not descriptions of models ({error!r})") from error
+
+
+def dtype_bytes(info: dict[str, Any], spec: ModelSpec, kind: str) -> int:
+    """Bytes per number in ranks on devices of this `kind` (worker/transformer.py)."""
+    name = spec.weight_dtype
+    if name == "default":
+        name = "fp32" if kind == "cpu" or info["stored"] == "float32" else "half"
+    return 4 if name == "fp32" else 2
+
+
+@lru_cache
+def machine(devices: tuple[str, ...]) -> Cluster:
+    """The cluster these devices are; asked of the machine once."""
+    return this_machine(devices)

@@ -1,0 +1,173 @@
+"""Which layout to run a request under: every valid one, ranked by predicted or measured time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from statistics import geometric_mean
+
+from comfy_xdit import prediction
+from comfy_xdit.cluster import Cluster
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.measured import Measured
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.prediction import Prediction
+from comfy_xdit.request import Request
+
+# Less than this is within the error of the model and of a measurement: fewer ranks are preferred.
+WORTH = 0.03
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its predicted seconds per step, corrected by what was `measured` (if it was)."""
+
+    prediction: Prediction
+    expected: float
+    measured: float | None = None
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """The degrees."""
+        return self.prediction.layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pick and all candidates, fastest first; those that do not fit the memory are last."""
+
+    pick: Candidate
+    ranked: tuple[Candidate, ...]
+    why: str
+
+
+def candidates(
+    request: Request, cluster: Cluster, pipefusion: bool = False, warmup_steps: int = 1
+) -> list[ParallelConfig]:
+    """Every valid layout of 1 to `cluster.size` ranks.
+
+    Args:
+        pipefusion: whether PipeFusion may be offered: XDiTSampler runs it, and its image differs
+            unless `warmup_steps` are all steps. `auto` never asks for it.
+    """
+    shape, size = request.shape, cluster.size
+    ring_runs = cluster.device.kind == "cpu" or request.dtype_bytes < 4  # no fp32 kernel gives a sum
+    limits = {
+        "data_parallel_degree": min(size, request.batch),
+        "cfg_parallel_degree": 2 if request.cfg else 1,
+        "ulysses_degree": min(size, shape.heads),
+        "ring_degree": min(size, request.image_tokens) if ring_runs else 1,
+        "pipefusion_degree": min(size, shape.blocks) if pipefusion else 1,
+    }
+    ranges = [range(1, limit + 1) for limit in limits.values()]
+    layouts = (
+        ParallelConfig(**dict(zip(limits, degrees, strict=True)), warmup_steps=warmup_steps)
+        for degrees in product(*ranges)
+    )
+    return [
+        layout
+        for layout in layouts
+        if layout.world_size <= size
+        and shape.heads % layout.ulysses_degree == 0
+        and layout.sequence_parallel_degree <= request.image_tokens
+    ]
+
+
+def plan(
+    request: Request,
+    cluster: Cluster,
+    measured: Measured | None = None,
+    pipefusion: bool = False,
+    constants: prediction.Constants = prediction.EAGER,
+) -> Plan:
+    """Rank the candidates and pick one.
+
+    The pick fits the memory if any does, else it needs the least. Of layouts that are equally fast
+    within WORTH it is that with the fewest ranks, since the others would gain nothing, and the
+    smallest ring, which splits no picture of fewer tokens than ranks. Times measured on this machine
+    replace the prediction of the same layout, and correct those of the others.
+
+    Raises:
+        InvalidInput: the cluster has no device.
+    """
+    if cluster.size < 1:
+        raise InvalidInput(f"{cluster.size} devices; a plan needs at least one.")
+    layouts = candidates(request, cluster, pipefusion)
+    predictions = [prediction.predict(layout, request, cluster, constants) for layout in layouts]
+    known = measured or Measured()
+    ranked = sorted(
+        _corrected(predictions, request, cluster, known), key=lambda c: (not c.prediction.fits, c.expected)
+    )
+    fitting = [c for c in ranked if c.prediction.fits]
+    near = [c for c in fitting if c.expected <= fitting[0].expected * (1 + WORTH)]
+    pick = (
+        min(near, key=lambda c: (c.layout.world_size, c.layout.ring_degree, c.expected))
+        if fitting
+        else min(ranked, key=lambda c: (c.prediction.memory * c.layout.world_size, c.expected))
+    )
+    return Plan(pick, tuple(ranked), _why(pick, ranked, cluster))
+
+
+def _corrected(
+    predictions: list[Prediction], request: Request, cluster: Cluster, measured: Measured
+) -> list[Candidate]:
+    """Candidates with measured times; the others scaled by how far off the prediction was elsewhere.
+
+    What tells most about a layout comes first: itself with another number of tokens, layouts of as
+    many ranks, any layout, any layout with another number of tokens. The last matters: a device that
+    is slower than its figures is slower under every layout, and one that ran must not lose by that.
+    """
+    times, elsewhere = {}, {}
+    for one in predictions:
+        times[one.layout] = measured.seconds(one.layout, request, cluster)
+        elsewhere[one.layout] = [
+            seconds / prediction.predict(one.layout, replace(request, image_tokens=tokens), cluster).seconds
+            for tokens, seconds in measured.of_layout(one.layout, request, cluster).items()
+        ]
+    here = {p.layout: seconds / p.seconds for p in predictions if (seconds := times[p.layout]) is not None}
+    anywhere = [ratio for ratios in elsewhere.values() for ratio in ratios]
+    result = []
+    for one in predictions:
+        alike = [ratio for layout, ratio in here.items() if layout.world_size == one.layout.world_size]
+        ratios = elsewhere[one.layout] or alike or list(here.values()) or anywhere or [1.0]
+        seconds = times[one.layout]
+        expected = one.seconds * geometric_mean(ratios) if seconds is None else seconds
+        result.append(Candidate(one, expected, seconds))
+    return result
+
+
+def _why(pick: Candidate, ranked: list[Candidate], cluster: Cluster) -> str:
+    """One or two sentences that say why this layout."""
+    one = next(c for c in ranked if c.layout.world_size == 1)
+    used, step = pick.layout.world_size, pick.prediction
+    basis = "measured" if pick.measured is not None else "predicted"
+    if not step.fits:
+        return (
+            f"no layout fits {cluster.device.memory / 2**30:.0f} GiB; this one needs the least, "
+            f"{step.memory / 2**30:.1f} GiB per rank."
+        )
+    if used > 1:
+        words = f"{basis} {one.expected / pick.expected:.2f} times as fast as one rank"
+        words += f" ({_percent(step.communication, step)} % of a step is communication"
+        words += f", {_percent(step.latency, step)} % latency)"
+        if not one.prediction.fits:
+            words += f"; one rank would need {one.prediction.memory / 2**30:.1f} GiB"
+    else:
+        words = f"{basis} {figure(1000 * pick.expected)} ms per step"
+    wider = [c for c in ranked if c.layout.world_size == cluster.size and c.prediction.fits]
+    if used < cluster.size and wider:
+        best = min(wider, key=lambda c: c.expected)
+        words += (
+            f"; all {cluster.size} ranks ({best.layout.describe()}) would take "
+            f"{best.expected / pick.expected:.2f} times as long"
+        )
+    return f"{words}."
+
+
+def figure(value: float) -> str:
+    """A positive number as a person writes it, in three digits: 0.0123, 4.56, 789, 12345."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _percent(part: float, whole: Prediction) -> int:
+    return round(100 * part / whole.seconds)

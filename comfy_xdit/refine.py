@@ -1,0 +1,50 @@
+"""What a run teaches the planner: the time of a transformer call, remembered for this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_xdit.auto import machine
+from comfy_xdit.group import Timing
+from comfy_xdit.measured import remember
+from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.request import ModelShape, Request
+
+LATENT_PER_TOKEN = 2  # latent pixels per side of a token
+# What a sampler does per step: Heun calls twice, but for the last step.
+_CALLS = {"heun": lambda steps: 2 * steps - 1}
+
+
+class Calls:
+    """The calls of one handle. The first of a kind is slow (buffers, kernels) and does not count."""
+
+    def __init__(self) -> None:
+        self._before: Any = None
+
+    def note(
+        self,
+        info: dict[str, Any],
+        parallel: ParallelConfig,
+        timing: Timing | None,
+        latent: tuple[int, ...],
+        cfg: bool = False,
+        sampler: str | None = None,
+        steps: int = 1,
+    ) -> None:
+        """A call, or a loop of `steps` under `sampler`, with `latent` (B, C, H, W) has ended.
+
+        Args:
+            info: `describe` of the model; without it there is nothing to note.
+            timing: of the call; the time of the slowest rank counts.
+            cfg: whether the loop called with two prompts per picture.
+        """
+        before, self._before = self._before, (parallel, latent, cfg, sampler)
+        if timing is None or not info or self._before != before:
+            return
+        calls = _CALLS.get(sampler, lambda n: n)(steps)
+        height, width = latent[-2:]
+        tokens = -(-height // LATENT_PER_TOKEN) * -(-width // LATENT_PER_TOKEN)
+        request = Request(
+            ModelShape.of(info), tokens, 0, steps, cfg, latent[0], 4 if info["dtype"] == "float32" else 2
+        )
+        remember(parallel, request, machine(parallel.devices), timing.rank / calls)

@@ -1,0 +1,152 @@
+"""Strategy auto on real ranks: the layout fits the model, times are remembered, the report says why."""
+
+import pytest
+import torch
+
+import nodes
+from comfy_xdit import auto, measured, remembered
+from comfy_xdit.auto import layout_of, machine
+from comfy_xdit.errors import InvalidInput
+from comfy_xdit.group import running_groups
+from comfy_xdit.measured import Measured
+from comfy_xdit.messages import Sample
+from comfy_xdit.parallel import Automatic, ParallelConfig
+from comfy_xdit.remote import RemoteModel
+from comfy_xdit.request import ModelShape, Request
+from comfy_xdit.spec import ModelSpec
+from comfy_xdit.status import report
+from tests import tiny
+from worker.models.flux import Flux
+
+TWO = Automatic(("cpu", "cpu"))
+NOISE, TOKENS = (1, 16, 16, 16), 64
+THREE_HEADS = {**tiny.FLUX_CONFIG, "num_attention_heads": 3}
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """No choice and no time of another test counts."""
+    monkeypatch.setenv(remembered.FOLDER, str(tmp_path / "cache"))
+    auto._chosen.clear()
+
+
+@pytest.fixture(scope="module")
+def three_heads(tmp_path_factory):
+    """A tiny Flux with three heads, which Ulysses 2 does not divide: module, file."""
+    module = tiny.build(Flux(), THREE_HEADS)
+    file = tmp_path_factory.mktemp("auto") / "three.safetensors"
+    return module, tiny.write_native(Flux(), module, THREE_HEADS, file)
+
+
+def test_heads_that_do_not_divide_are_known_before_the_ranks_start(three_heads):
+    module, file = three_heads
+    remote = nodes.load_diffusion_model(str(file), "default", TWO)
+    assert remote.info["heads"] == 3
+    assert remote.parallel == ParallelConfig(ring_degree=2, devices=("cpu", "cpu"))
+
+    x = torch.randn(NOISE, generator=torch.Generator().manual_seed(1))
+    given = tiny.conditions(Flux(), THREE_HEADS, 7)
+    timestep = torch.tensor([0.7])
+    expected = tiny.reference(Flux(), module, x, timestep, given)
+    assert tiny.relative_l2(remote.denoise(x, timestep, given), expected) < 1e-5
+
+
+def test_guidance_gets_its_own_ranks(tiny_models):
+    spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
+    assert layout_of(TWO, spec) == ParallelConfig(cfg_parallel_degree=2, devices=("cpu", "cpu"))
+    assert layout_of(Automatic(("cpu",)), spec) == ParallelConfig(devices=("cpu",))
+    manual = ParallelConfig(ulysses_degree=2)
+    assert layout_of(manual, spec) is manual
+
+
+def test_what_is_no_model_is_an_error_and_starts_no_group_of_its_own(tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"not a model")
+    with pytest.raises(InvalidInput, match=r"bad\.safetensors"):
+        layout_of(TWO, ModelSpec.of(bad, "transformer"))
+    assert all(group.parallel.world_size <= 2 for group in running_groups())
+
+
+def test_one_device_is_no_choice_and_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(auto, "available_devices", lambda: ("cuda:0",))
+    missing = ModelSpec(str(tmp_path / "nothing.safetensors"), "transformer")
+    assert layout_of(Automatic(), missing) == ParallelConfig(devices=("cuda:0",))
+
+
+def test_a_description_is_asked_for_once_per_file(tiny_models, tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(tiny_models["sd3"].file.read_bytes())
+    told = auto.description(ModelSpec.of(file, "transformer"))
+
+    def nobody(*_):
+        raise AssertionError("a rank was asked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "running_groups", list)
+        patch.setattr(auto, "worker_group", nobody)
+        assert auto.description(ModelSpec.of(file, "transformer")) == told
+        file.write_bytes(tiny_models["flux"].file.read_bytes())
+        with pytest.raises(AssertionError, match="a rank was asked"):
+            auto.description(ModelSpec.of(file, "transformer"))
+    assert auto.description(ModelSpec.of(file, "transformer"))["family"] == "flux"
+
+
+def test_the_description_says_what_a_plan_needs(tiny_models):
+    for name, dual in (("sd3", 0), ("sd3.5-medium", 2), ("flux", 0)):
+        model = tiny_models[name]
+        info = auto.description(ModelSpec.of(model.folder, "transformer"))
+        config = model.config
+        layers = config["num_layers"] + config.get("num_single_layers", 0)
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        assert (info["width"], info["blocks"], info["dual"]) == (width, layers, dual)
+        assert info["cfg"] is (name != "flux") and info["stored"] == "float32"
+        assert info["parameters"] == sum(p.numel() for p in model.module.parameters())
+
+
+def test_a_run_is_remembered_and_the_next_plan_knows_it(tiny_models):
+    model = tiny_models["sd3"]
+    spec = ModelSpec.of(model.file, "transformer")
+    layout = layout_of(TWO, spec)
+    remote = RemoteModel(spec, layout)
+    shape = ModelShape.of(remote.load())
+    request = Request(shape, TOKENS, 0, cfg=True, dtype_bytes=4)
+
+    x, given = torch.zeros(NOISE), tiny.conditions(model.family, model.config, 7)
+    sigmas = torch.linspace(1.0, 0.0, 5)
+    loop = Sample(spec, "euler", sigmas, x, torch.randn(NOISE), 2.0, given, given, 1000.0)
+    remote.sample(loop)  # the first of a kind is slow, and does not count
+    assert Measured.load().seconds(layout, request, machine(TWO.devices)) is None
+    remote.sample(loop)
+    assert 0 < Measured.load().seconds(layout, request, machine(TWO.devices)) < 10
+
+    for _ in range(2):
+        remote.denoise(x, torch.tensor([500.0]), given)
+    single = Request(shape, TOKENS, 0, dtype_bytes=4)
+    assert 0 < Measured.load().seconds(layout, single, machine(TWO.devices)) < 10
+
+
+def test_times_choose_the_layout_of_the_next_process_and_not_of_this_one(tiny_models):
+    spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
+    first = layout_of(TWO, spec)
+    shape = ModelShape.of(auto.description(spec))
+    request = Request.picture(shape, dtype_bytes=4)
+    for layout, seconds in ((ParallelConfig(), 1.0), (first, 2.0)):
+        measured.remember(layout, request, machine(TWO.devices), seconds)
+    assert layout_of(TWO, spec) == first
+    auto._chosen.clear()  # as in a new process
+    assert layout_of(TWO, spec) == ParallelConfig(devices=("cpu",))
+
+
+def test_the_report_says_what_was_chosen_and_why_and_what_was_measured(tiny_models):
+    spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
+    layout = layout_of(TWO, spec)
+    remote = RemoteModel(spec, layout)
+    request = Request.picture(ModelShape.of(remote.load()), dtype_bytes=4)
+    text = report(())
+    assert "plan for sd3.safetensors at 1024 x 1024 (auto): predicted" in text
+    assert "predicted per step: cfg 2 " in text and "measured" not in text
+
+    measured.remember(layout, request, machine(TWO.devices), 2.0)
+    measured.remember(ParallelConfig(), request, machine(TWO.devices), 1.0)
+    text = report(())
+    assert "(measured 2000)" in text and "after the next start: one rank" in text
