@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.parity import PER_CALL, SIZES, multiplier, one_call
 from comfy_xdit.errors import InvalidInput
@@ -20,6 +21,7 @@ from tests import tiny
 from tests.test_adapters import KEYS, expected, patches
 from worker.checkpoints import Checkpoint, Part, Source
 from worker.models.sd3 import SD3
+from worker.sharding import ShardedWeights
 
 MODELS = ("sd3", "sd3.5-medium", "flux")
 LAYOUTS = {
@@ -153,6 +155,29 @@ def test_a_part_is_the_part_of_the_whole(tiny_models):
     odd = Source("img_in.bias", 1, 8, swap=False)
     (part,) = dict(checkpoint.parts({"odd": Part(odd, 2, 7)}, torch.float32)).values()
     assert torch.equal(part, checkpoint.tensors({"odd": odd}, torch.float32)["odd"][2:7])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_parts_of_all_ranks_make_the_weights_and_are_all_a_rank_keeps(deep, ranks, monkeypatch):
+    checkpoint = Checkpoint.at(deep.file)
+    mapping = deep.family.mapping(checkpoint.shapes, deep.family.config(checkpoint.shapes))
+    rows, size = [], sum(p.nbytes for p in deep.module.parameters())
+    for rank in range(ranks):
+        module = deep.family.build(DEEP).requires_grad_(False)
+        shards = ShardedWeights(module, deep.family.parts.names(module), ranks, torch.float32)
+        monkeypatch.setattr(dist, "get_rank", lambda _group, rank=rank: rank)
+        shards.load(module, checkpoint, mapping, None, torch.device("cpu"))
+        views = [module.get_parameter(name) for name in shards.places]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*views, *shards._parts)}
+        assert sum(storage.nbytes() for storage in storages.values()) == shards.nbytes
+        assert shards.nbytes <= (1 / ranks + 0.1) * size
+        rows.append(shards._parts)
+    for number, parts in enumerate(zip(*rows, strict=True)):
+        row = torch.cat(parts)
+        for name, place in shards.places.items():
+            if place.block == number:
+                whole = deep.module.get_parameter(name)
+                assert torch.equal(row[place.start : place.stop].view(place.shape), whole), name
 
 
 def test_a_rank_holds_its_part_and_two_blocks(layout, deep):
