@@ -41,6 +41,17 @@ PIPELINES = {
     "PipeFusion 2 x Ulysses 2": ParallelConfig(pipefusion_degree=2, ulysses_degree=2, warmup_steps=ALL),
     "PipeFusion 2 x Ring 2": ParallelConfig(pipefusion_degree=2, ring_degree=2, warmup_steps=ALL),
 }
+# Held by tests/test_sharding.py.
+SHARDED = {
+    "Ulysses 2, sharded": ParallelConfig(ulysses_degree=2, shard_weights=True),
+    "Ring 2, sharded": ParallelConfig(ring_degree=2, shard_weights=True),
+    "CFG 2, sharded": ParallelConfig(cfg_parallel_degree=2, shard_weights=True),
+    "data 2, sharded": ParallelConfig(data_parallel_degree=2, shard_weights=True),
+    "CFG 2 x Ulysses 2, sharded": ParallelConfig(cfg_parallel_degree=2, ulysses_degree=2, shard_weights=True),
+    "PipeFusion 2 x Ulysses 2, sharded": ParallelConfig(
+        pipefusion_degree=2, ulysses_degree=2, shard_weights=True, warmup_steps=ALL
+    ),
+}
 MODELS = ("sd3", "sd3.5-medium", "flux")
 SIGMA = 0.7
 STEPS, CFG = 20, 3.0
@@ -139,7 +150,7 @@ def twenty_steps(model: TinyModel, parallel: ParallelConfig) -> float:
 
 def rows(models: dict[str, TinyModel]) -> Iterator[list[str]]:
     """One row per method and family; the worst of both file formats counts."""
-    for method, parallel in (LAYOUTS | PIPELINES).items():
+    for method, parallel in (LAYOUTS | PIPELINES | SHARDED).items():
         for name in MODELS:
             model = models[name]
             calls = [worst(model, parallel, size) for size in SIZES]

@@ -139,7 +139,7 @@ class WorkerGroup:
     def _start(self, interrupted: Callable[[], bool] | None) -> None:
         began = time.monotonic()
         world = range(self.parallel.world_size)
-        degrees = {name: getattr(self.parallel, name) for name in DEGREES}
+        degrees = {name: getattr(self.parallel, name) for name in (*DEGREES, "shard_weights")}
         self._bridge = Host(self.parallel.world_size, os.getpid(), degrees)
         try:
             self._logs = [tempfile.TemporaryFile() for _ in world]  # noqa: SIM115 - closed by _kill

@@ -101,5 +101,7 @@ def _machine(cluster: Cluster) -> str:
 def _entry(layout: ParallelConfig, request: Request) -> str:
     degrees = ",".join(str(getattr(layout, name)) for name in DEGREES)
     warmup = f" warmup {layout.warmup_steps} of {request.steps}" if layout.pipefusion_degree > 1 else ""
+    kind = f"{request.rows} rows {request.dtype_bytes} bytes{warmup}"
+    kind += " sharded" if layout.shard_weights else ""
     # Without the text's length, which differs from prompt to prompt and hardly counts.
-    return f"{degrees} {request.image_tokens} tokens {request.rows} rows {request.dtype_bytes} bytes{warmup}"
+    return f"{degrees} {request.image_tokens} tokens {kind}"

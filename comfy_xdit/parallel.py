@@ -21,7 +21,8 @@ class ParallelConfig:
     """One layout of ranks. The product of the degrees is the number of ranks.
 
     `devices` names one device per rank: "cuda:0", ... or "cpu". Empty means the first
-    `world_size` devices the machine offers. `warmup_steps` belongs to a run, not to the ranks: layouts
+    `world_size` devices the machine offers. With `shard_weights` the ranks that would have the same
+    weights keep a part of them each. `warmup_steps` belongs to a run, not to the ranks: layouts
     that differ in it alone are equal, and share one group.
     """
 
@@ -56,8 +57,8 @@ class ParallelConfig:
             available: the devices a rank may be put on, e.g. ("cuda:0", "cuda:1").
 
         Raises:
-            InvalidInput: a degree below 1, a method the engine does not run, no warm-up for
-                PipeFusion, or degrees that do not fit the devices.
+            InvalidInput: a degree below 1, no warm-up for PipeFusion, nobody to share weights with, or
+                degrees that do not fit the devices.
         """
         for name in DEGREES:
             degree = getattr(self, name)
@@ -73,8 +74,11 @@ class ParallelConfig:
                 f"warmup_steps is {self.warmup_steps}; PipeFusion's patches need the keys and values of one "
                 "whole step at least. Set it to 1 or more."
             )
-        if self.shard_weights:
-            raise InvalidInput("shard_weights is not in this version. Set it to false.")
+        if self.shard_weights and self.world_size == self.pipefusion_degree:
+            raise InvalidInput(
+                f"shard_weights spreads weights over ranks that have the same blocks; of {self.describe()} "
+                "no two have. Set shard_weights to false, or another degree than pipefusion_degree to 2."
+            )
         devices = self.devices or available[: self.world_size]
         if self.world_size != len(devices):
             raise InvalidInput(

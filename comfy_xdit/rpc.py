@@ -46,7 +46,7 @@ class Invitation:
     inbound: int
     outbound: int
     host_pid: int
-    degrees: dict[str, int]
+    degrees: dict[str, int]  # and whether weights are sharded
 
     def line(self) -> bytes:
         """The invitation as one line."""

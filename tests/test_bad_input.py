@@ -88,7 +88,14 @@ FILES = {
 VALUES = {
     "missing pipeline": (("4.pipeline=nowhere",), r"nowhere"),
     "degrees that do not fit": (("1.cfg_parallel_degree=2",), r"= 4, but 2 devices are selected.*set"),
-    "method not in this version": (("1.shard_weights=true",), r"shard_weights is not in this version.*false"),
+    "nobody to share weights with": (
+        ("1.shard_weights=true", "1.ulysses_degree=1", "1.devices=cpu"),
+        r"shard_weights spreads weights over ranks.*Set shard_weights to false",
+    ),
+    "weights sharded by auto": (
+        ("1.shard_weights=true", "1.strategy=auto"),
+        r"shard_weights with strategy auto is not in this version.*Set strategy to manual",
+    ),
     "unknown device": (("1.devices=cuda:77,cpu",), r"cuda:77.*is not one of"),
     "prompt of the wrong type": (("6.text=[1, 2]",), r"text"),
     "sampler that is not there": (("3.sampler_name=uni_pc",), r"uni_pc"),
@@ -158,7 +165,7 @@ def test_another_layout_that_cannot_work_does_not_cost_the_running_group(graph):
     assert [g.pids for g in running_groups()] == [pids]
 
 
-@pytest.mark.parametrize("setting", ["4.pipeline=nowhere", "1.shard_weights=true", "99.text=x"])
+@pytest.mark.parametrize("setting", ["4.pipeline=nowhere", "1.ring_degree=0", "99.text=x"])
 def test_the_command_ends_with_2_and_no_traceback(graph, setting, capsys):
     code = cli.main(["run", str(graph), "--set", setting, "--quiet", "--output", str(graph.parent)])
     assert code == 2

@@ -42,6 +42,7 @@ def test_other_tokens_rows_dtypes_models_and_machines_are_apart():
     ):  # fmt: skip
         assert known.seconds(ULYSSES, other, CPU) is None
     assert known.seconds(ParallelConfig(ring_degree=2), SD3, CPU) is None
+    assert known.seconds(replace(ULYSSES, shard_weights=True), SD3, CPU) is None
     assert known.seconds(ULYSSES, SD3, cluster.parse("2 x L40")) is None
     # A prompt's length, and how many other devices there are, are not.
     assert known.seconds(ULYSSES, replace(SD3, text_tokens=77), CPU) == 1.0

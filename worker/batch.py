@@ -44,6 +44,13 @@ class Batch:
 
         return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control))
 
+    @property
+    def calls(self) -> int:
+        """How many batches `by_length` gives, of which none has no row."""
+        if len(self) == 0:
+            return 0
+        return len(set(self.conditions[LENGTHS].tolist())) if LENGTHS in self.conditions else 1
+
     def by_length(self) -> Iterator[tuple[list[int], Batch]]:
         """Rows whose prompts are of one length, without padding, and where they stand in this batch."""
         if LENGTHS not in self.conditions:

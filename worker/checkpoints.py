@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,15 @@ class Source:
     start: int | None = None
     stop: int | None = None
     swap: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements `start` to `stop` of a tensor, counted through its rows."""
+
+    source: Source
+    start: int
+    stop: int
 
 
 class Checkpoint:
@@ -83,16 +92,27 @@ class Checkpoint:
         Raises:
             InvalidInput: a file is no longer the one whose header was read.
         """
+        with self._opened() as opened:
+            for name, source in mapping.items():
+                file, key = self._place[source.key]
+                yield name, _read(opened[file], key, source).to(dtype)
+
+    def parts(self, wanted: dict[str, Part], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `stream`, of parts of tensors, each as one row of elements. Only their rows are read."""
+        with self._opened() as opened:
+            for name, part in wanted.items():
+                file, key = self._place[part.source.key]
+                yield name, _read_part(opened[file], key, part).to(dtype)
+
+    @contextmanager
+    def _opened(self) -> Iterator[dict[Path, safe_open]]:
         for file, stamp in self._stamps.items():
             if not file.exists() or _stamp(file) != stamp:
                 raise InvalidInput(
                     f"{file} was changed or removed after it was loaded; run the loader node again."
                 )
         with ExitStack() as stack:
-            opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in self._files}
-            for name, source in mapping.items():
-                file, key = self._place[source.key]
-                yield name, _read(opened[file], key, source).to(dtype)
+            yield {file: stack.enter_context(safe_open(file, framework="pt")) for file in self._files}
 
     def common_dtype(self) -> torch.dtype:
         """The dtype most tensors have."""
@@ -147,6 +167,27 @@ def _read(opened: safe_open, key: str, source: Source) -> torch.Tensor:
         first, second = tensor.chunk(2)
         return torch.cat([second, first])
     return tensor
+
+
+def _read_part(opened: safe_open, key: str, part: Part) -> torch.Tensor:
+    stored, source = opened.get_slice(key), part.source
+    rows, *rest = stored.get_shape()
+    first, last = source.start or 0, rows if source.stop is None else source.stop
+    width, half = math.prod(rest), (last - first) // 2
+    spans = [(part.start, part.stop, first)]  # elements, and the file's row that they are counted from
+    if source.swap:
+        middle = half * width  # before it the second half of the file's rows, behind it the first
+        spans = [
+            (min(part.start, middle), min(part.stop, middle), last - half),
+            (max(part.start, middle), max(part.stop, middle), first - half),
+        ]
+    pieces = []
+    for start, stop, base in spans:
+        if start < stop:
+            top = start // width
+            lines = stored[base + top : base - (-stop // width)]
+            pieces.append(lines.reshape(-1)[start - top * width : stop - top * width])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _without_prefix(key: str) -> str:

@@ -31,23 +31,31 @@ class Degrees:
     `branches` are ranks that take different rows of a batch: data parallel times CFG parallel. To a
     transformer call it makes no difference whether two rows are two pictures or two prompts.
     `stages` are ranks that have different blocks of the transformer (PipeFusion).
+    `sharded`: the ranks of one stage share its weights, instead of having them all.
     """
 
     branches: int
     ulysses: int
     ring: int
     stages: int
+    sharded: bool = False
 
     @classmethod
     def of(cls, parallel: ParallelConfig) -> Degrees:
         """The degrees of a layout."""
         branches = parallel.data_parallel_degree * parallel.cfg_parallel_degree
-        return cls(branches, parallel.ulysses_degree, parallel.ring_degree, parallel.pipefusion_degree)
+        stages, sharded = parallel.pipefusion_degree, parallel.shard_weights
+        return cls(branches, parallel.ulysses_degree, parallel.ring_degree, stages, sharded)
 
     @property
     def sequence(self) -> int:
         """Ranks that share one sequence of tokens (USP)."""
         return self.ulysses * self.ring
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the weights of one stage; 1 where each has them all."""
+        return self.branches * self.sequence if self.sharded else 1
 
 
 class RankGroups:
@@ -67,6 +75,12 @@ class RankGroups:
             self._join_xfuser()
         if degrees.stages > 1:
             self.pipeline = Pipeline(self._stage_ranks(), self.rank, device, COLLECTIVE)
+        self.shard_group: dist.ProcessGroup | None = None
+        if degrees.shards > 1:
+            # Of its own: weights come while other groups exchange tokens.
+            stages = zip(*self._stage_ranks(), strict=True)
+            groups = {ranks: dist.new_group(list(ranks), timeout=COLLECTIVE) for ranks in stages}
+            self.shard_group = next(group for ranks, group in groups.items() if self.rank in ranks)
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag, on every rank. On gloo: it works whatever the GPUs are doing."""

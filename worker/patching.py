@@ -6,6 +6,7 @@ No copy of a patched weight is kept: its base is read from the file again, a mem
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Protocol
 
 import torch
 
@@ -62,11 +63,20 @@ class PatchStore:
         return Patch(**{**vars(patch), "tensors": names})
 
 
+class Weight(Protocol):
+    """What a patched weight is written to: a tensor, or this rank's part of one."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def copy_(self, tensor: torch.Tensor, /) -> object: ...
+
+
 class PatchedWeights:
     """A model's weights, where the patches of one set are applied.
 
     Args:
-        weights: the tensors by diffusers name that this rank has; written in place.
+        weights: by diffusers name what this rank has; written in place.
         native: where each of them is in the original release's naming, which patches use.
         checkpoint: the file, and `mapping`: where each of them is in it.
         dtype: what the file's tensors are cast to.
@@ -75,7 +85,7 @@ class PatchedWeights:
 
     def __init__(
         self,
-        weights: dict[str, torch.Tensor],
+        weights: dict[str, Weight],
         native: dict[str, Source],
         checkpoint: Checkpoint,
         mapping: dict[str, Source],

@@ -75,6 +75,7 @@ class PipeFusion:
         copies = (1 if request.negative is None else 2) // len(batches)
         self._batches = [Batch(whole.repeat(copies, 1, 1, 1), whole.new_zeros(0), given) for given in batches]
         self._row_groups = [g for i in range(len(batches)) for g in self._groups_of(i)]
+        self._idle = transformer.idle_calls(self._batches)
         self._preview = whole.new_zeros(whole.shape[0], tokens, self._channels)
         self._announced: deque[Announcement] = deque()
 
@@ -129,6 +130,7 @@ class PipeFusion:
                 outputs.append(group.tokens.whole_image(output, which))
             else:
                 self._pipeline.send(torch.cat([image, text], 1))
+        self._transformer.gather_unused(self._idle)
         if self._pipeline.is_last:
             self._sampler.advance(which, self._gathered(outputs, which))
             self._send_back(number + 1, which)

@@ -48,20 +48,21 @@ class Stage:
 
     def __init__(self, module: nn.Module, parts: StageParts, family: str, index: int, count: int):
         self.is_first, self.is_last = index == 0, index == count - 1
-        places = [(name, i) for name in parts.blocks for i in range(len(module.get_submodule(name)))]
+        places = parts.names(module)
         if count > len(places):
             raise InvalidInput(
                 f"pipefusion_degree {count} is more than the {len(places)} blocks of this {family}, and "
                 f"every stage needs one; set pipefusion_degree to {len(places)} or less."
             )
-        weights = [_parameters(module.get_submodule(f"{name}.{i}")) for name, i in places]
+        weights = [_parameters(module.get_submodule(place)) for place in places]
         self.runs = divide(weights, count)
         self.names: list[str] = []
-        for number, (name, i) in enumerate(places):
+        for number, place in enumerate(places):
             if number in self.runs[index]:
-                self.names.append(f"{name}.{i}")
+                self.names.append(place)
             else:
-                module.get_submodule(name)[i] = nn.Identity()
+                name, _, i = place.rpartition(".")
+                module.get_submodule(name)[int(i)] = nn.Identity()
         for name in (() if self.is_first else parts.first) + (() if self.is_last else parts.last):
             setattr(module, name, nn.Identity())
 

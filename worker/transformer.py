@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from worker.models import detect
 from worker.models.base import ModelFamily, to_whole_patches
 from worker.parallel import Degrees, RankGroups, SequenceParallel, use_parallel_attention
 from worker.patching import PatchedWeights, PatchStore
+from worker.sharding import ShardedWeights
 from worker.stages import Stage
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,18 +55,30 @@ class Transformer:
             index = groups.stage if degrees == groups.degrees else 0
             self.stage = Stage(self.module, self.family.parts, self.family.name, index, degrees.stages)
             self._mapping = {name: self._mapping[name] for name in self.module.state_dict()}
+        self._shards: ShardedWeights | None = None
+        if degrees.shards > 1:
+            blocks = self.stage.names if self.stage else self.family.parts.names(self.module)
+            self._shards = ShardedWeights(self.module, blocks, degrees.shards, self.dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's weights once they are read."""
-        return sum(p.numel() for p in self.module.parameters()) * self.dtype.itemsize
+        shards = self._shards
+        whole = {n: p for n, p in self.module.named_parameters() if not (shards and n in shards.places)}
+        own = sum(p.numel() for p in whole.values()) * self.dtype.itemsize
+        return own + (shards.nbytes if shards else 0)
 
     def load(self) -> None:
         """Read the weights. Everything that can be wrong with the file was checked before."""
-        self.module.load_state_dict(self._checkpoint.tensors(self._mapping, self.dtype), assign=True)
-        self.module.to(self._groups.device).eval().requires_grad_(False)
+        whole, shards, device = self._mapping, self._shards, self._groups.device
+        if shards is not None:
+            shards.load(self.module, self._checkpoint, self._mapping, self._groups.shard_group, device)
+            whole = {name: source for name, source in whole.items() if name not in shards.places}
+        tensors = self._checkpoint.tensors(whole, self.dtype)
+        self.module.load_state_dict(tensors, assign=True, strict=shards is None)
+        self.module.to(device).eval().requires_grad_(False)
         native = self.family.native_mapping(self.config)
-        weights = self.module.state_dict()
+        weights = self.module.state_dict() | (shards.weights() if shards is not None else {})
         self._patched = PatchedWeights(
             weights, native, self._checkpoint, self._mapping, self.dtype, self.loras
         )
@@ -139,7 +153,27 @@ class Transformer:
         own = batch.rows(shard.span(self._groups.branch))
         # Sequence ranks of one branch have the same rows, so that one without any skips as a whole.
         outputs = self._predict_by_length(own) if len(own) else batch.x[:0]
+        self.gather_unused(self.idle_calls([batch]))
         return self._groups.gather_rows(outputs, shard)
+
+    def idle_calls(self, batches: Sequence[Batch]) -> int:
+        """How many calls fewer than another branch this one makes of the rows of some batches.
+
+        Every rank knows all rows, so that nothing is exchanged to know it. 0 where it does not matter.
+        """
+        if self._shards is None:
+            return 0
+        calls = [0] * self._groups.degrees.branches
+        for batch in batches:
+            shard = self._groups.rows(len(batch))
+            for branch in range(len(calls)):
+                calls[branch] += (batch if shard is None else batch.rows(shard.span(branch))).calls
+        return max(calls) - calls[self._groups.branch]
+
+    def gather_unused(self, calls: int) -> None:
+        """Give others the weights that they need in so many calls which this rank does not make."""
+        for _ in range(calls):
+            self._shards.gather_unused()
 
     def _predict_by_length(self, batch: Batch) -> torch.Tensor:
         """As `predict`, prompt lengths apart: padding would be attended to."""

@@ -54,6 +54,10 @@ class StageParts(ABC):
     first: tuple[str, ...]  # modules that only the first stage needs
     last: tuple[str, ...] = ("norm_out", "proj_out")
 
+    def names(self, module: nn.Module) -> list[str]:
+        """All blocks, in the order they run."""
+        return [f"{name}.{i}" for name in self.blocks for i in range(len(module.get_submodule(name)))]
+
     @abstractmethod
     def image(self, module: nn.Module, x: torch.Tensor, start: int, grid: tuple[int, int]) -> torch.Tensor:
         """Embed packed tokens from `start` on of a picture of `grid` (rows, columns) of tokens."""
