@@ -27,6 +27,7 @@ simulate: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.bridge
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.sharding
 	$(BIN)/python -m benchmarks.traffic
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.vae
