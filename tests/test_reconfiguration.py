@@ -12,7 +12,7 @@ from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.remote import RemoteModel
 from tests import pipefusion_runs as runs
 
-ROUNDS = 3
+ROUNDS = 2
 LAYOUTS = {
     "Ulysses 2": ParallelConfig(ulysses_degree=2),
     "Ring 2": ParallelConfig(ring_degree=2),
