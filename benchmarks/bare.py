@@ -1,7 +1,11 @@
 """A bare program for `benchmarks.speed`: xfuser's own Flux under torchrun, or plain diffusers in one process.
 
     torchrun --nproc-per-node 2 -m benchmarks.bare ulysses FOLDER
+    torchrun --nproc-per-node 2 -m benchmarks.bare apart FOLDER
     python -m benchmarks.bare one FOLDER
+
+With `apart` every process draws the whole picture with plain diffusers and they wait for each other at the
+end only: what so many processes can get out of this machine at most.
 
 FOLDER holds `transformer/` (a diffusers folder), `call.pt` (arguments of the transformer: tokens, prompt,
 positions), and by method a folder with a named pipe `go.RANK` per rank and one `done`. A number in the
@@ -20,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
@@ -72,13 +77,15 @@ def loop(transformer: nn.Module, call: dict[str, Any], steps: int) -> torch.Tens
 def main() -> None:
     """Serve loops until the pipe is closed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("method", choices=("one", "ulysses", "ring"))
+    parser.add_argument("method", choices=("one", "apart", "ulysses", "ring"))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rank, folder = int(os.environ.get("RANK", 0)), arguments.folder
     call = torch.load(folder / "call.pt")
-    if arguments.method == "one":
+    if arguments.method == "apart":
+        dist.init_process_group("gloo")
+    if arguments.method in ("one", "apart"):
         transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
     else:
         text = call["encoder_hidden_states"].shape[1]
@@ -89,6 +96,8 @@ def main() -> None:
         for line in go:
             began = time.perf_counter()
             last = loop(transformer, call, int(line))
+            if arguments.method == "apart":
+                dist.barrier()
             seconds = time.perf_counter() - began
             if rank == 0:
                 torch.save(last, pipe / "last.pt")

@@ -2,7 +2,8 @@
 
 Every way draws the same latent from the same tiny FLUX.1 with an Euler loop. They take turns, so that a
 busy machine is busy for all of them; ratios are medians over the turns. Beside our own layouts: one process
-with two threads (plain diffusers), and xfuser's own wrapper in a bare program under torchrun.
+with two threads (plain diffusers), xfuser's own wrapper in a bare program under torchrun, and two processes that
+draw a picture each and share nothing: what the two cores can do at most.
 """
 
 from __future__ import annotations
@@ -74,11 +75,12 @@ WAYS = (
     Way("one rank, 20 steps", "", ONE, steps=PIPEFUSION_STEPS),
     Way("PipeFusion 2", "one rank, 20 steps", ParallelConfig(pipefusion_degree=2), steps=PIPEFUSION_STEPS),
 )  # fmt: skip
-# name, method, processes, threads of each, the way it is compared with
+# name, method, processes, threads of each, the way it is compared with, pictures
 BARE = (
-    ("one process, two threads", "one", 1, 2, "one rank"),
-    ("bare xfuser, Ulysses 2", "ulysses", 2, 1, "one rank"),
-    ("bare xfuser, Ring 2", "ring", 2, 1, "one rank"),
+    ("one process, two threads", "one", 1, 2, "one rank", 1),
+    ("bare xfuser, Ulysses 2", "ulysses", 2, 1, "one rank", 1),
+    ("bare xfuser, Ring 2", "ring", 2, 1, "one rank", 1),
+    ("two processes apart", "apart", 2, 1, "one rank", 2),
 )
 
 
@@ -160,7 +162,7 @@ def measure(tokens: int, rounds: int, ways: tuple[Way, ...]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         problem = Problem(Path(folder), tokens)
         loops = {way.name: problem.ours(way) for way in ways}
-        for name, method, processes, threads, _ in BARE:
+        for name, method, processes, threads, *_ in BARE:
             loops[name] = stack.enter_context(problem.bare(name, method, processes, threads))
         for run in loops.values():
             run()  # starts, loads, warms up
@@ -191,11 +193,11 @@ def _rows(tokens: int, ways: tuple[Way, ...], times: dict[str, list[float]]) -> 
 
 def _bare_rows(tokens: int, times: dict[str, list[float]]) -> Iterator[Row]:
     """What stands beside them."""
-    for name, *_, against in BARE:
+    for name, *_, against, pictures in BARE:
         yield {
             "family": "flux", "tokens": tokens, "name": name, "against": against, "layout": None,
             "seconds": statistics.median(times[name]) / STEPS[tokens],
-            "speedup": _speedup(times, name, against),
+            "speedup": pictures * _speedup(times, name, against),
         }  # fmt: skip
 
 
@@ -209,7 +211,7 @@ def _speedup(times: dict[str, list[float]], name: str, against: str) -> float | 
 def _check(latents: dict[str, torch.Tensor], ways: tuple[Way, ...]) -> None:
     """Ways of one request agree; PipeFusion after its warm-up is near, which make parity measures."""
     pairs = [(way.name, way.against) for way in ways if way.against and way.layout.pipefusion_degree == 1]
-    for name, other in pairs + [(name, other) for name, *_, other in BARE]:
+    for name, other in pairs + [(name, other) for name, *_, other, _ in BARE]:
         difference = tiny.relative_l2(latents[name], latents[other])
         assert difference <= SAME, f"{name} differs from {other} by {difference:.1e}"
 

@@ -12,6 +12,7 @@ import torch
 
 from comfy_xdit import headless
 from comfy_xdit.errors import InvalidInput
+from comfy_xdit.group import worker_group
 from comfy_xdit.parallel import ParallelConfig, parse_devices
 from comfy_xdit.pictures import Folders, save
 from comfy_xdit.remote import RemoteModel
@@ -163,3 +164,18 @@ def test_a_picture_smaller_than_its_ring(tiny_models: dict[str, Any]):
     ):
         remote.denoise(torch.ones(1, 16, 2, 2), torch.full((1,), 0.7), given)
     assert remote.denoise(torch.ones(1, 16, 4, 4), torch.full((1,), 0.7), given).isfinite().all()
+
+
+def test_a_picture_smaller_than_its_ring_where_a_branch_has_no_row(tiny_models: dict[str, Any]):
+    """Three branches, two pictures: the branch without one refuses as well, instead of waiting for ever."""
+    model = tiny_models["flux"]
+    parallel = ParallelConfig(ring_degree=2, data_parallel_degree=3)
+    remote = RemoteModel(ModelSpec.of(model.file, "transformer"), parallel)
+    given = tiny.conditions(model.family, model.config, 9, 2)
+    remote.load()
+    pids = worker_group(parallel).pids
+
+    with pytest.raises(InvalidInput, match=r"1 image tokens are fewer than the 2 ranks"):
+        remote.denoise(torch.ones(2, 16, 2, 2), torch.full((2,), 0.7), given)
+    assert remote.denoise(torch.ones(2, 16, 4, 4), torch.full((2,), 0.7), given).isfinite().all()
+    assert worker_group(parallel).pids == pids

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from comfy_xdit.errors import InvalidInput
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.rpc import Rank
 from worker import xfuser_compat
@@ -228,7 +227,7 @@ class Shard:
 
     def own(self, tokens: torch.Tensor, rank: int) -> torch.Tensor:
         """What the part of `rank` has of (B, n, D), n at most `length`; no padding, and maybe nothing."""
-        return tokens[:, rank * self.size : (rank + 1) * self.size]
+        return tokens[:, self.span(rank)]
 
 
 def positions(shards: Sequence[Shard], wanted: int, ranks: range) -> list[int]:
@@ -286,11 +285,6 @@ class SequenceParallel:
     def tokens(self, image: int, text: int) -> Iterator[None]:
         """Within, the transformer is called with so many image and text tokens."""
         ranks = self._groups.degrees.sequence
-        if self._groups.degrees.ring > 1 and image < ranks:
-            raise InvalidInput(
-                f"{image} image tokens are fewer than the {ranks} ranks that share them, which a ring cannot "
-                "split; draw a larger picture, or set ring_degree to 1."
-            )
         self._image, self._text = Shard(image, ranks), Shard(text, ranks)
         with xfuser_compat.keys_selected(self._true_keys()):
             yield

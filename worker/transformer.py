@@ -207,6 +207,7 @@ class Transformer:
         call = self.family.call(self.config, to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
         width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         check_residuals(control, self.family.control, x.shape[0], call.image_tokens, width)
+        _check_ring(call.image_tokens, self._groups.degrees)
         return conditions | lengths
 
     def _config(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
@@ -222,6 +223,14 @@ class Transformer:
             words = read_json(stored)
             config |= {key: words[key] for key in config if key in words and key != "dual_attention_layers"}
         return config
+
+
+def _check_ring(image_tokens: int, degrees: Degrees) -> None:
+    if degrees.ring > 1 and image_tokens < degrees.sequence:
+        raise InvalidInput(
+            f"{image_tokens} image tokens are fewer than the {degrees.sequence} ranks that share them, which a "
+            "ring cannot split; draw a larger picture, or set ring_degree to 1."
+        )
 
 
 def _check_heads(family: str, heads: int, degrees: Degrees) -> None:
