@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.layouts import LAYOUTS, PIPELINES, SHARDED, WIDE
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Sample
 from comfy_xdit.parallel import ParallelConfig
@@ -21,37 +22,6 @@ from tests.tiny import TinyModel
 
 # Sums in another order (the attention of fewer heads, a batch in two halves) and nothing else.
 PER_CALL, PER_RUN = 1e-5, 1e-4
-LAYOUTS = {
-    "1 rank": ParallelConfig(),
-    "Ulysses 2": ParallelConfig(ulysses_degree=2),
-    "Ring 2": ParallelConfig(ring_degree=2),
-    "Ulysses 2 x Ring 2": ParallelConfig(ulysses_degree=2, ring_degree=2),
-    "CFG 2": ParallelConfig(cfg_parallel_degree=2),
-    "data 2": ParallelConfig(data_parallel_degree=2),
-    "data 2 x CFG 2": ParallelConfig(data_parallel_degree=2, cfg_parallel_degree=2),
-    "CFG 2 x Ulysses 2": ParallelConfig(cfg_parallel_degree=2, ulysses_degree=2),
-}
-# Every step a warm-up step, so that it is exact; held by tests/test_pipefusion*.py.
-ALL = 1000
-PIPELINES = {
-    "PipeFusion 2": ParallelConfig(pipefusion_degree=2, warmup_steps=ALL),
-    "PipeFusion 3": ParallelConfig(pipefusion_degree=3, warmup_steps=ALL),
-    "PipeFusion 2 x CFG 2": ParallelConfig(pipefusion_degree=2, cfg_parallel_degree=2, warmup_steps=ALL),
-    "PipeFusion 2 x data 2": ParallelConfig(pipefusion_degree=2, data_parallel_degree=2, warmup_steps=ALL),
-    "PipeFusion 2 x Ulysses 2": ParallelConfig(pipefusion_degree=2, ulysses_degree=2, warmup_steps=ALL),
-    "PipeFusion 2 x Ring 2": ParallelConfig(pipefusion_degree=2, ring_degree=2, warmup_steps=ALL),
-}
-# Held by tests/test_sharding.py.
-SHARDED = {
-    "Ulysses 2, sharded": ParallelConfig(ulysses_degree=2, shard_weights=True),
-    "Ring 2, sharded": ParallelConfig(ring_degree=2, shard_weights=True),
-    "CFG 2, sharded": ParallelConfig(cfg_parallel_degree=2, shard_weights=True),
-    "data 2, sharded": ParallelConfig(data_parallel_degree=2, shard_weights=True),
-    "CFG 2 x Ulysses 2, sharded": ParallelConfig(cfg_parallel_degree=2, ulysses_degree=2, shard_weights=True),
-    "PipeFusion 2 x Ulysses 2, sharded": ParallelConfig(
-        pipefusion_degree=2, ulysses_degree=2, shard_weights=True, warmup_steps=ALL
-    ),
-}
 MODELS = ("sd3", "sd3.5-medium", "flux")
 SIGMA = 0.7
 STEPS, CFG = 20, 3.0
@@ -66,7 +36,11 @@ class Size:
     width: int
     text: int
     batch: int
-    too_small_to_split: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of each picture."""
+        return self.height * self.width // 4
 
 
 SIZES = (
@@ -74,7 +48,7 @@ SIZES = (
     Size("odd text", 16, 16, 33, 2),
     Size("odd image tokens", 6, 10, 32, 1),
     Size("both odd", 18, 14, 7, 2),
-    Size("fewer than ranks", 2, 2, 1, 1, too_small_to_split=True),
+    Size("fewer than ranks", 2, 2, 1, 1),
 )
 
 
@@ -94,9 +68,15 @@ def one_call(model: TinyModel, source: Path, parallel: ParallelConfig, size: Siz
     try:
         return tiny.relative_l2(call(remote, x, timestep, given), expected)
     except InvalidInput:
-        if size.too_small_to_split and parallel.ring_degree * parallel.pipefusion_degree > 1:
+        if size.tokens < fewest_tokens(parallel):
             return None
         raise
+
+
+def fewest_tokens(parallel: ParallelConfig) -> int:
+    """Image tokens below which a layout refuses a picture by name."""
+    splits = parallel.ring_degree * parallel.pipefusion_degree > 1
+    return parallel.ulysses_degree * parallel.ring_degree * parallel.pipefusion_degree if splits else 0
 
 
 def one_step(
@@ -148,9 +128,9 @@ def twenty_steps(model: TinyModel, parallel: ParallelConfig) -> float:
     return tiny.relative_l2(remote.sample(request) - noise, x - noise)
 
 
-def rows(models: dict[str, TinyModel]) -> Iterator[list[str]]:
+def rows(models: dict[str, TinyModel], layouts: dict[str, ParallelConfig]) -> Iterator[list[str]]:
     """One row per method and family; the worst of both file formats counts."""
-    for method, parallel in (LAYOUTS | PIPELINES | SHARDED).items():
+    for method, parallel in layouts.items():
         for name in MODELS:
             model = models[name]
             calls = [worst(model, parallel, size) for size in SIZES]
@@ -162,10 +142,10 @@ def cell(error: float | None) -> str:
     return "refused" if error is None else f"{error:.1e}"
 
 
-def table(models: dict[str, TinyModel]) -> str:
+def table(models: dict[str, TinyModel], layouts: dict[str, ParallelConfig]) -> str:
     """The table as Markdown."""
     head = ["family", "method", *(size.name for size in SIZES), f"{STEPS}-step run"]
-    lines = [head, ["---"] * len(head), *rows(models)]
+    lines = [head, ["---"] * len(head), *rows(models, layouts)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -177,6 +157,10 @@ worse counts), measured by `make parity` on {machine}, torch {torch}. Limits hel
 {cfg:g}, prompts of different odd length, 5 x 7 image tokens).
 
 {table}
+
+Four and eight ranks, on models of 8 heads with enough blocks for 8 stages:
+
+{wide}
 
 Columns but the last are one transformer call: (latent height, width, text tokens, batch) = {sizes}.
 xfuser's own wrappers are silently wrong where text or image tokens do not divide (docs/xfuser.md, B2, B3,
@@ -194,7 +178,8 @@ def main() -> None:
     from benchmarks import pipefusion  # it builds on this module
 
     with tempfile.TemporaryDirectory() as folder:
-        text = table(tiny.write_models(Path(folder)))
+        text = table(tiny.write_models(Path(folder)), LAYOUTS | PIPELINES | SHARDED)
+        wide = table(tiny.write_models(Path(folder) / "wide", **tiny.WIDE), WIDE)
         drift = pipefusion.section(Path(folder))
     sizes = ", ".join(f"{s.name} ({s.height}, {s.width}, {s.text}, {s.batch})" for s in SIZES)
     page = PAGE.format(
@@ -205,6 +190,7 @@ def main() -> None:
         steps=STEPS,
         cfg=CFG,
         table=text,
+        wide=wide,
         sizes=sizes,
         drift=drift,
     )

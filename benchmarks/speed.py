@@ -1,9 +1,10 @@
 """Two ranks against one, one thread each, side by side in one run: part of `make bench`.
 
-Every way draws the same latent from the same tiny FLUX.1 with an Euler loop. They take turns, so that a
-busy machine is busy for all of them; ratios are medians over the turns. Beside our own layouts: one process
-with two threads (plain diffusers), xfuser's own wrapper in a bare program under torchrun, and two processes that
-draw a picture each and share nothing: what the two cores can do at most.
+Every way draws the same latent from the same tiny FLUX.1 with an Euler loop. A way and what it is compared
+with take turns, so that a busy machine is busy for both, and no others are there meanwhile: a dozen idle
+ranks cost two cores several percent. Ratios are medians over the turns. Beside our own layouts: one process
+with two threads (plain diffusers), xfuser's own wrapper in a bare program under torchrun, and two processes
+that draw a picture each and share nothing: what the two cores can do at most.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 
 from benchmarks.chart import bars
 from comfy_xdit.environment import ROOT
+from comfy_xdit.group import running_groups
 from comfy_xdit.messages import Sample
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.remote import RemoteModel
@@ -75,12 +77,21 @@ WAYS = (
     Way("one rank, 20 steps", "", ONE, steps=PIPEFUSION_STEPS),
     Way("PipeFusion 2", "one rank, 20 steps", ParallelConfig(pipefusion_degree=2), steps=PIPEFUSION_STEPS),
 )  # fmt: skip
+Bare = tuple[str, str, int, int, str, int]
 # name, method, processes, threads of each, the way it is compared with, pictures
-BARE = (
+BARE: tuple[Bare, ...] = (
     ("one process, two threads", "one", 1, 2, "one rank", 1),
     ("bare xfuser, Ulysses 2", "ulysses", 2, 1, "one rank", 1),
     ("bare xfuser, Ring 2", "ring", 2, 1, "one rank", 1),
     ("two processes apart", "apart", 2, 1, "one rank", 2),
+)
+TOGETHER = (
+    ("one rank", "Ulysses 2", "bare xfuser, Ulysses 2"),
+    ("one rank", "Ring 2", "bare xfuser, Ring 2"),
+    ("one rank", "one process, two threads", "two processes apart"),
+    ("one rank, guided", "CFG 2"),
+    ("one rank, two pictures", "data 2"),
+    ("one rank, 20 steps", "PipeFusion 2"),
 )
 
 
@@ -156,24 +167,36 @@ class Problem:
             yield run
 
 
-def measure(tokens: int, rounds: int, ways: tuple[Way, ...]) -> list[Row]:
-    """Rows of the table for one picture size."""
-    times: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        problem = Problem(Path(folder), tokens)
-        loops = {way.name: problem.ours(way) for way in ways}
-        for name, method, processes, threads, *_ in BARE:
-            loops[name] = stack.enter_context(problem.bare(name, method, processes, threads))
-        for run in loops.values():
-            run()  # starts, loads, warms up
-        _check(problem.latents, ways)
-        for _ in range(rounds):
-            for name, run in loops.items():
-                times.setdefault(name, []).append(run())
-    return [*_rows(tokens, ways, times), *_bare_rows(tokens, times)]
+def measure(tokens: int, rounds: int) -> list[Row]:
+    """Rows of the table for one picture size; what others are compared with comes once for each of them."""
+    rows = []
+    for together in TOGETHER:
+        ways = [way for way in WAYS if way.name in together]
+        bare = [way for way in BARE if way[0] in together]
+        times: dict[str, list[float]] = {}
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            stack.callback(_end_ranks)
+            problem = Problem(Path(folder), tokens)
+            loops = {way.name: problem.ours(way) for way in ways}
+            for name, method, processes, threads, *_ in bare:
+                loops[name] = stack.enter_context(problem.bare(name, method, processes, threads))
+            for run in loops.values():
+                run()  # starts, loads, warms up
+            _check(problem.latents, ways, bare)
+            for _ in range(rounds):
+                for name, run in loops.items():
+                    times.setdefault(name, []).append(run())
+        rows += [*_rows(tokens, ways, times), *_bare_rows(tokens, bare, times)]
+        print(*table(rows[-len(loops) :]), sep="\n", flush=True)
+    return rows
 
 
-def _rows(tokens: int, ways: tuple[Way, ...], times: dict[str, list[float]]) -> Iterator[Row]:
+def _end_ranks() -> None:
+    for group in running_groups():
+        group.close()
+
+
+def _rows(tokens: int, ways: list[Way], times: dict[str, list[float]]) -> Iterator[Row]:
     """Our layouts, in the form benchmarks/plan_check.py reads: seconds are those of a step."""
     module = tiny.build(Flux(), CONFIG)
     shape = {
@@ -191,9 +214,9 @@ def _rows(tokens: int, ways: tuple[Way, ...], times: dict[str, list[float]]) -> 
         }  # fmt: skip
 
 
-def _bare_rows(tokens: int, times: dict[str, list[float]]) -> Iterator[Row]:
+def _bare_rows(tokens: int, bare: list[Bare], times: dict[str, list[float]]) -> Iterator[Row]:
     """What stands beside them."""
-    for name, *_, against, pictures in BARE:
+    for name, *_, against, pictures in bare:
         yield {
             "family": "flux", "tokens": tokens, "name": name, "against": against, "layout": None,
             "seconds": statistics.median(times[name]) / STEPS[tokens],
@@ -208,10 +231,10 @@ def _speedup(times: dict[str, list[float]], name: str, against: str) -> float | 
     return statistics.median(b / a for a, b in zip(times[name], times[against], strict=True))
 
 
-def _check(latents: dict[str, torch.Tensor], ways: tuple[Way, ...]) -> None:
+def _check(latents: dict[str, torch.Tensor], ways: list[Way], bare: list[Bare]) -> None:
     """Ways of one request agree; PipeFusion after its warm-up is near, which make parity measures."""
     pairs = [(way.name, way.against) for way in ways if way.against and way.layout.pipefusion_degree == 1]
-    for name, other in pairs + [(name, other) for name, *_, other, _ in BARE]:
+    for name, other in pairs + [(name, other) for name, *_, other, _ in bare]:
         difference = tiny.relative_l2(latents[name], latents[other])
         assert difference <= SAME, f"{name} differs from {other} by {difference:.1e}"
 
@@ -235,7 +258,7 @@ def main() -> None:
     os.environ["XDIT_OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    rows = [row for tokens in arguments.tokens for row in measure(tokens, arguments.rounds, WAYS)]
+    rows = [row for tokens in arguments.tokens for row in measure(tokens, arguments.rounds)]
     print(*table(rows), sep="\n")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.with_suffix(".json").write_text(

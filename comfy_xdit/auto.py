@@ -36,14 +36,15 @@ class Chosen:
     plan: Plan
     request: Request
     cluster: Cluster
+    shard: bool = False
 
     def again(self) -> Plan:
         """The plan that would be made now, with the times measured since."""
-        return planner.plan(self.request, self.cluster, Measured.load())
+        return planner.plan(self.request, self.cluster, Measured.load(), shard=self.shard)
 
 
 # Kept as long as the process: times measured meanwhile must not restart ranks in the middle of work.
-_chosen: dict[tuple[ModelSpec, tuple[str, ...]], Chosen] = {}
+_chosen: dict[tuple[ModelSpec, Automatic], Chosen] = {}
 
 
 def layout_of(
@@ -52,7 +53,7 @@ def layout_of(
     """The layout itself, or the one that `auto` chooses for the transformer `spec`.
 
     Raises:
-        InvalidInput: the file is no transformer a rank can load.
+        InvalidInput: the file is no transformer a rank can load, or one device is to share weights.
         Interrupted: the person stopped it while a rank was starting.
     """
     if isinstance(parallel, ParallelConfig):
@@ -60,17 +61,17 @@ def layout_of(
     available = available_devices()
     devices = parallel.devices or available
     if len(devices) == 1:  # nothing to choose, so nobody need be asked
-        return ParallelConfig(devices=devices)
-    key = (spec, devices)
+        return ParallelConfig(devices=devices, shard_weights=parallel.shard_weights).check(available)
+    shard, key = parallel.shard_weights, (spec, replace(parallel, devices=devices))
     if key not in _chosen:
         info = description(spec, interrupted)
         cluster = machine(devices)
         kind = cluster.device.kind
         request = Request.picture(ModelShape.of(info), dtype_bytes=dtype_bytes(info, spec, kind))
-        plan = planner.plan(request, cluster, Measured.load())
+        plan = planner.plan(request, cluster, Measured.load(), shard=shard)
         layout = plan.pick.layout
         layout = replace(layout, devices=devices[: layout.world_size]).check(available)
-        _chosen[key] = Chosen(layout, plan, request, cluster)
+        _chosen[key] = Chosen(layout, plan, request, cluster, shard)
     return _chosen[key].layout
 
 

@@ -45,8 +45,16 @@ class ParallelConfig:
         """Ranks that share one sequence of tokens (Ulysses x Ring, USP)."""
         return self.ulysses_degree * self.ring_degree
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether some ranks have the same blocks: all but the stages of a pipeline do."""
+        return self.world_size > self.pipefusion_degree
+
     def describe(self) -> str:
-        """The factors that are not 1, e.g. `ulysses_degree 2 x cfg_parallel_degree 2 = 4`."""
+        """The factors that are not 1, e.g. `ulysses_degree 2 x ring_degree 2 = 4, sharded weights`."""
+        return self._factors() + (", sharded weights" if self.shard_weights else "")
+
+    def _factors(self) -> str:
         factors = [f"{n} {getattr(self, n)}" for n in DEGREES if getattr(self, n) != 1]
         return f"{' x '.join(factors)} = {self.world_size}" if factors else "one rank"
 
@@ -74,15 +82,15 @@ class ParallelConfig:
                 f"warmup_steps is {self.warmup_steps}; PipeFusion's patches need the keys and values of one "
                 "whole step at least. Set it to 1 or more."
             )
-        if self.shard_weights and self.world_size == self.pipefusion_degree:
+        if self.shard_weights and not self.shares_weights:
             raise InvalidInput(
-                f"shard_weights spreads weights over ranks that have the same blocks; of {self.describe()} "
+                f"shard_weights spreads weights over ranks that have the same blocks; of {self._factors()} "
                 "no two have. Set shard_weights to false, or another degree than pipefusion_degree to 2."
             )
         devices = self.devices or available[: self.world_size]
         if self.world_size != len(devices):
             raise InvalidInput(
-                f"{self.describe()}, but {len(devices)} devices are selected "
+                f"{self._factors()}, but {len(devices)} devices are selected "
                 f"({', '.join(devices) or 'none'}); set the degrees so that their product is "
                 f"{len(devices)}, or choose other devices."
             )
@@ -126,7 +134,9 @@ def available_devices() -> tuple[str, ...]:
 class Automatic:
     """Strategy `auto`: the loader chooses the layout, when it knows the model (comfy_xdit/auto.py).
 
-    `devices` are those it may use; empty means all the machine offers.
+    `devices` are those it may use; empty means all the machine offers. With `shard_weights` it chooses
+    among layouts that spread the weights; without, it takes those where whole weights do not fit.
     """
 
     devices: tuple[str, ...] = ()
+    shard_weights: bool = False

@@ -112,7 +112,7 @@ def short(candidate: Candidate) -> str:
     layout = candidate.layout
     names = {n: n.removesuffix("_degree").removesuffix("_parallel") for n in DEGREES}
     factors = [f"{names[n]} {getattr(layout, n)}" for n in DEGREES if getattr(layout, n) > 1]
-    return " x ".join(factors) or "one rank"
+    return (" x ".join(factors) or "one rank") + (", sharded" if layout.shard_weights else "")
 
 
 def outline(devices: tuple[str, ...]) -> Iterator[str]:

@@ -79,8 +79,12 @@ def plan(
     measured: Measured | None = None,
     pipefusion: bool = False,
     constants: prediction.Constants = prediction.EAGER,
+    shard: bool = False,
 ) -> Plan:
     """Rank the candidates and pick one.
+
+    Layouts whose ranks can share their weights are candidates with and without that where whole weights
+    do not fit. With `shard` all are, and the pick is one that does.
 
     The pick fits the memory if any does, else it needs the least. Of layouts that are equally fast
     within WORTH it is that with the fewest ranks, since the others would gain nothing, and the
@@ -88,22 +92,30 @@ def plan(
     replace the prediction of the same layout, and correct those of the others.
 
     Raises:
-        InvalidInput: the cluster has no device.
+        InvalidInput: the cluster has no device, or with `shard` only one.
     """
-    if cluster.size < 1:
-        raise InvalidInput(f"{cluster.size} devices; a plan needs at least one.")
+    if cluster.size < 1 + shard:
+        raise InvalidInput(
+            f"{cluster.size} devices; a plan needs at least {'two to share weights' if shard else 'one'}."
+        )
     layouts = candidates(request, cluster, pipefusion)
     predictions = [prediction.predict(layout, request, cluster, constants) for layout in layouts]
+    predictions += [
+        prediction.predict(replace(one.layout, shard_weights=True), request, cluster, constants)
+        for one in predictions
+        if one.layout.shares_weights and (shard or not one.fits)
+    ]
     known = measured or Measured()
     ranked = sorted(
         _corrected(predictions, request, cluster, known), key=lambda c: (not c.prediction.fits, c.expected)
     )
-    fitting = [c for c in ranked if c.prediction.fits]
+    choice = [c for c in ranked if c.layout.shard_weights or not shard]
+    fitting = [c for c in choice if c.prediction.fits]
     near = [c for c in fitting if c.expected <= fitting[0].expected * (1 + WORTH)]
     pick = (
         min(near, key=lambda c: (c.layout.world_size, c.layout.ring_degree, c.expected))
         if fitting
-        else min(ranked, key=lambda c: (c.prediction.memory * c.layout.world_size, c.expected))
+        else min(choice, key=lambda c: (c.prediction.memory * c.layout.world_size, c.expected))
     )
     return Plan(pick, tuple(ranked), _why(pick, ranked, cluster))
 

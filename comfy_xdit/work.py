@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from comfy_xdit.errors import Interrupted, InvalidInput
+from comfy_xdit.errors import Interrupted
 from comfy_xdit.parallel import Automatic, ParallelConfig, available_devices, parse_devices
 from comfy_xdit.spec import ModelSpec
 
@@ -31,18 +31,12 @@ def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConf
     """What XDiTParallelConfig describes, checked against this machine; the loader chooses for `auto`.
 
     Raises:
-        InvalidInput: a device that is not there, degrees that do not fit the devices, or weights to be
-            sharded by `auto`.
+        InvalidInput: a device that is not there, or degrees that do not fit the devices.
     """
     available = available_devices()
     chosen = parse_devices(devices, available)
     if strategy == "auto":
-        if widgets.get("shard_weights"):
-            raise InvalidInput(
-                "shard_weights with strategy auto is not in this version: the planner does not know it. "
-                "Set strategy to manual with the degrees you want, or shard_weights to false."
-            )
-        return Automatic(chosen)
+        return Automatic(chosen, bool(widgets.get("shard_weights")))
     return ParallelConfig(devices=chosen, **widgets).check(available)
 
 

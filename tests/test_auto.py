@@ -1,5 +1,7 @@
 """Strategy auto on real ranks: the layout fits the model, times are remembered, the report says why."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,6 +59,14 @@ def test_guidance_gets_its_own_ranks(tiny_models):
     assert layout_of(Automatic(("cpu",)), spec) == ParallelConfig(devices=("cpu",))
     manual = ParallelConfig(ulysses_degree=2)
     assert layout_of(manual, spec) is manual
+
+
+def test_weights_are_shared_when_asked_for(tiny_models, monkeypatch):
+    spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
+    layout = layout_of(replace(TWO, shard_weights=True), spec)
+    assert layout.shard_weights and layout.world_size == 2
+    with pytest.raises(InvalidInput, match=r"shard_weights spreads weights over ranks.*one rank no two have"):
+        layout_of(Automatic(("cpu",), shard_weights=True), spec)
 
 
 def test_what_is_no_model_is_an_error_and_starts_no_group_of_its_own(tmp_path):

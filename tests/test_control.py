@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.parity import LAYOUTS, PER_CALL, multiplier
+from benchmarks.layouts import LAYOUTS
+from benchmarks.parity import PER_CALL, multiplier
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import flatten, rebuild
 from comfy_xdit.remote import RemoteModel

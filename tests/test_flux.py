@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from benchmarks.parity import LAYOUTS, PER_CALL
+from benchmarks.layouts import LAYOUTS
+from benchmarks.parity import PER_CALL
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.remote import RemoteModel
 from comfy_xdit.spec import ModelSpec

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.parity import LAYOUTS, MODELS, PER_CALL, PER_RUN, SIZES, cell, multiplier, twenty_steps, worst
+from benchmarks.layouts import LAYOUTS
+from benchmarks.parity import MODELS, PER_CALL, PER_RUN, SIZES, cell, multiplier, twenty_steps, worst
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.remote import RemoteModel

@@ -20,11 +20,17 @@ SD3_CONFIG = {
     "pooled_projection_dim": 32, "out_channels": 16, "pos_embed_max_size": 32, "qk_norm": "rms_norm",
 }  # fmt: skip
 # SD3.5 medium: image tokens of some blocks attend to themselves a second time.
-SD35_CONFIG = {**SD3_CONFIG, "dual_attention_layers": (0, 1)}
+DUAL = {"dual_attention_layers": (0, 1)}
+SD35_CONFIG = {**SD3_CONFIG, **DUAL}
 FLUX_CONFIG = {
     "patch_size": 1, "in_channels": 64, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 32,
     "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 32,
     "guidance_embeds": True, "axes_dims_rope": (4, 14, 14),
+}  # fmt: skip
+# Heads and blocks enough for eight ranks of every method.
+WIDE = {
+    "sd3": {**SD3_CONFIG, "num_layers": 8, "num_attention_heads": 8, "attention_head_dim": 32},
+    "flux": {**FLUX_CONFIG, "num_layers": 4, "num_single_layers": 5, "num_attention_heads": 8},
 }  # fmt: skip
 FLUX_HIDDEN = FLUX_CONFIG["num_attention_heads"] * FLUX_CONFIG["attention_head_dim"]
 
@@ -40,13 +46,15 @@ class TinyModel:
     file: Path
 
 
-def write_models(root: Path) -> dict[str, TinyModel]:
+def write_models(
+    root: Path, sd3: dict[str, Any] = SD3_CONFIG, flux: dict[str, Any] = FLUX_CONFIG
+) -> dict[str, TinyModel]:
     """One tiny model per architecture, written as a diffusers folder and as a single file."""
     models = {}
     for name, family, config in (
-        ("sd3", SD3(), SD3_CONFIG),
-        ("sd3.5-medium", SD3(), SD35_CONFIG),
-        ("flux", Flux(), FLUX_CONFIG),
+        ("sd3", SD3(), sd3),
+        ("sd3.5-medium", SD3(), {**sd3, **DUAL}),
+        ("flux", Flux(), flux),
     ):
         module = build(family, config)
         module.save_pretrained(root / name)

@@ -228,8 +228,8 @@ class Transformer:
 def _check_ring(image_tokens: int, degrees: Degrees) -> None:
     if degrees.ring > 1 and image_tokens < degrees.sequence:
         raise InvalidInput(
-            f"{image_tokens} image tokens are fewer than the {degrees.sequence} ranks that share them, which a "
-            "ring cannot split; draw a larger picture, or set ring_degree to 1."
+            f"{image_tokens} image tokens are fewer than the {degrees.sequence} ranks that share them, which "
+            "a ring cannot split; draw a larger picture, or set ring_degree to 1."
         )
 
 

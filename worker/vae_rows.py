@@ -54,7 +54,7 @@ class RowConv2d(nn.Module):
 
 
 class RowGroupNorm(nn.Module):
-    """A group norm with the statistics of all ranks: done with the band's own, then corrected in place."""
+    """A group norm with the statistics of all ranks, in fp32 whatever the dtype of the band."""
 
     def __init__(self, norm: nn.GroupNorm, context: ParallelContext):
         super().__init__()
@@ -64,33 +64,40 @@ class RowGroupNorm(nn.Module):
     def forward(self, band: torch.Tensor) -> torch.Tensor:
         """(B, C, [T,] rows, W), normalised over everything but batch and groups of channels."""
         batch, channels = band.shape[:2]
-        places = band[0, 0].numel()
-        result, mean, inverse = torch.native_group_norm(
-            band.contiguous(), None, None, batch, channels, places, self._groups, self._eps
-        )
-        own_mean, own_variance = mean.double(), inverse.double() ** -2 - self._eps
-        mean, variance = self._joined(float(places), own_mean, own_variance)
-        deviation = (variance + self._eps).sqrt()
-        scale = (own_variance + self._eps).sqrt() / deviation
-        shift = (own_mean - mean) / deviation
+        mean, variance = self._joined(*_moments(band.reshape(batch, self._groups, -1)))
         each = channels // self._groups
-        scale, shift = (part.repeat_interleave(each, dim=1) for part in (scale, shift))
-        scale, shift = scale * self.weight, shift * self.weight + self.bias
-        shape = (batch, channels, *(1,) * (band.ndim - 2))
-        scale, shift = (part.to(result.dtype).view(shape) for part in (scale, shift))
-        return torch.addcmul(shift, result, scale, out=result)
+        # Known statistics per channel are what a batch norm takes; pictures of a batch become channels.
+        mean, variance = (part.repeat_interleave(each, dim=1).flatten() for part in (mean, variance))
+        weight, bias = (part.float().repeat(batch) for part in (self.weight, self.bias))
+        rows = band.reshape(1, batch * channels, *band.shape[2:])
+        rows = F.batch_norm(rows, mean.float(), variance.float(), weight, bias, False, 0.0, self._eps)
+        return rows.view(band.shape)
 
     def _joined(
         self, places: float, mean: torch.Tensor, variance: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance, (B, groups), of all bands (Chan, Golub and LeVeque, 1979)."""
-        own = torch.stack([torch.full_like(mean, places), mean, variance]).float()
+        own = torch.stack([torch.full_like(mean, places), mean, variance])
         bands = [torch.empty_like(own) for _ in range(self._context.world_size)]
         dist.all_gather(bands, own, group=self._context.group)
         count, means, variances = torch.stack(bands).double().unbind(1)
         weights = count / count.sum(0)
         mean = (weights * means).sum(0)
         return mean, (weights * (variances + (means - mean) ** 2)).sum(0)
+
+
+def _moments(values: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """How many numbers there are in the last dimension, their mean and their variance, in fp32.
+
+    A half's own reductions would round both to the half, and a copy in fp32 would double the memory.
+    """
+    count = float(values.shape[-1])
+    if values.dtype == torch.float32:
+        variance, mean = torch.var_mean(values, -1, correction=0)
+        return count, mean, variance
+    mean = values.sum(-1, dtype=torch.float32) / count
+    squares = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32) ** 2 / count
+    return count, mean, squares - mean**2
 
 
 def use_lean_layers(rows: nn.Module, context: ParallelContext) -> None:
