@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from tests import tiny
 
 RANK, ALPHA = 4, 2.0
 Tensors = dict[str, torch.Tensor]
@@ -141,7 +140,7 @@ def pair(random: torch.Generator, height: int, width: int) -> tuple[torch.Tensor
 
 def merged(model: Any, *changes: tuple[Tensors, float]) -> torch.nn.Module:
     """Plain diffusers with the changes added by hand, each at its strength."""
-    module = tiny.build(model.family, model.config)
+    module = copy.deepcopy(model.module)
     for change, strength in changes:
         for name, delta in change.items():
             module.get_submodule(name).weight.data += strength * delta

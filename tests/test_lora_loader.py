@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from comfy_xdit import headless
 from comfy_xdit.errors import InvalidInput
@@ -131,6 +132,20 @@ def test_equals_diffusers_own_loading(model, inputs, tmp_path):
     module.load_lora_adapter(dict(tensors), prefix="transformer")
     remote = loaded(handle(model), saved(tensors, tmp_path / "lora.safetensors"), 1.0)
     assert error(remote, module, model, inputs) <= PER_CALL
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_on_a_file_of_fp8(model, inputs, tmp_path, kind):
+    """The change is added to what the fp8 numbers mean, not rounded to fp8 again."""
+    stored = {name: tensor.to(kind) for name, tensor in load_file(model.file).items()}
+    module = copy.deepcopy(model.module)
+    module.load_state_dict({name: tensor.to(kind).float() for name, tensor in module.state_dict().items()})
+    fp8 = replace(model, module=module, file=saved(stored, tmp_path / "fp8.safetensors"))
+    tensors, change = write(fp8, NAMINGS["kohya"], 3)
+    base, lora = handle(fp8, ParallelConfig(ulysses_degree=2)), saved(tensors, tmp_path / "lora.safetensors")
+    assert error(base, module, fp8, inputs) <= PER_CALL
+    assert error(loaded(base, lora, 0.8), merged(fp8, (change, 0.8)), fp8, inputs) <= PER_CALL
+    assert error(base, module, fp8, inputs) <= PER_CALL
 
 
 def test_biases_norms_and_whole_weights(model, inputs, tmp_path):
