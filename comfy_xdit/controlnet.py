@@ -16,8 +16,10 @@ import torch
 from comfy_xdit.controlnet_files import ControlNetKind, kind_at
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.group import holders, worker_group
+from comfy_xdit.messages import AppliedControlNet
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.remote import RemoteModel
+from comfy_xdit.schedulers import Sampling
 from comfy_xdit.spec import CONTROL_TYPES, ControlNet
 
 PIXELS_PER_LATENT = 8
@@ -46,8 +48,8 @@ class RemoteControlNet:
         """Raise InvalidInput where the hint must be encoded and nothing encodes it."""
         if self.kind.takes == "latents" and vae is None:
             raise InvalidInput(
-                f"{self.spec.name} takes its hint as the latents of a VAE, and no VAE is connected; connect the "
-                "model's VAE to the input `vae`."
+                f"{self.spec.name} takes its hint as the latents of a VAE, and no VAE is connected; "
+                "connect the model's VAE to the input `vae`."
             )
 
 
@@ -63,11 +65,6 @@ def open_control_net(name: str, here: ModuleType) -> Any:
     path = here.control_net_path(name)
     spec = ControlNet.of(path)
     return here.control_net_of(RemoteControlNet(spec, kind_at(path, spec.name)))
-
-
-def control_net_stamp(name: str, here: ModuleType) -> tuple[int, int]:
-    """Size and modification time of the file."""
-    return ControlNet.of(here.control_net_path(name)).stamp
 
 
 def checked_application(
@@ -97,10 +94,12 @@ def check_mode(net: RemoteControlNet, mode: int | None) -> None:
         return
     if net.kind.modes == 0:
         raise InvalidInput(
-            f"{net.spec.name} has no control types, and control type {mode} is chosen; set control_type to none."
+            f"{net.spec.name} has no control types, and control type {mode} is chosen; set control_type to "
+            "none."
         )
     raise InvalidInput(
-        f"{net.spec.name} has the control types 0 to {net.kind.modes - 1}, and {mode} is chosen; choose one of them."
+        f"{net.spec.name} has the control types 0 to {net.kind.modes - 1}, and {mode} is chosen; choose "
+        "one of them."
     )
 
 
@@ -114,7 +113,8 @@ def check_picture(image: Any) -> None:
         )
     if not torch.isfinite(image).all():
         raise InvalidInput(
-            "the hint picture holds values that are not finite (NaN or infinity); check the node that made it."
+            "the hint picture holds values that are not finite (NaN or infinity); check the node that made "
+            "it."
         )
 
 
@@ -173,6 +173,51 @@ def scaled(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(part, (height, width), mode="nearest-exact")
 
 
+@dataclass(frozen=True, eq=False)
+class Application:
+    """A ControlNet on a conditioning without ComfyUI, behind `before`. `image` is (B, H, W, 3) in 0..1."""
+
+    net: RemoteControlNet
+    image: torch.Tensor
+    vae: Any
+    strength: float
+    start: float
+    end: float
+    mode: int | None
+    before: Application | None = None
+
+    @property
+    def chain(self) -> tuple[Application, ...]:
+        """All of them, in the order they were applied."""
+        return (*(self.before.chain if self.before is not None else ()), self)
+
+
+Hints = dict[tuple[int, ...], torch.Tensor]
+
+
+def nets_of(
+    application: Application | None, latent: torch.Tensor, sampling: Sampling, hints: Hints
+) -> tuple[AppliedControlNet, ...]:
+    """The ControlNets of a conditioning for a loop in the ranks that draws `latent` (B, C, H, W).
+
+    Args:
+        hints: of pictures that were encoded already; filled.
+    """
+    found = []
+    for one in application.chain if application is not None else ():
+        key = (id(one.net), id(one.image), id(one.vae))
+        if key not in hints:
+            encode, ratio = (one.vae.encode, one.vae.ratio) if one.vae is not None else (None, 1)
+            hint = hint_of(one.net, one.image, latent, encode, ratio)
+            times = -(
+                -latent.shape[0] // hint.shape[0]
+            )  # one for all pictures, or repeated and cut as stock does
+            hints[key] = hint if len(hint) == 1 else hint.repeat(times, 1, 1, 1)[: latent.shape[0]]
+        sigmas = sampling.sigma_at(one.start), sampling.sigma_at(one.end)
+        found.append(AppliedControlNet(one.net.spec, hints[key], float(one.strength), one.mode, sigmas))
+    return tuple(found)
+
+
 def mode_of(words: Any) -> int | None:
     """The mode that stock SetUnionControlNetType chose: [number], or nothing."""
     if isinstance(words, (list, tuple)) and len(words) == 1:
@@ -180,3 +225,47 @@ def mode_of(words: Any) -> int | None:
     if words:
         raise InvalidInput(f"control_type is {words}; a ControlNet in the ranks takes one of its types.")
     return None
+
+
+# ---------------------------------------------------------------------- without ComfyUI
+
+
+def control_net_of(net: RemoteControlNet) -> RemoteControlNet:
+    """CONTROL_NET: the handle itself."""
+    return net
+
+
+def apply_control_net(
+    conditioning: list[Any],
+    control_net: Any,
+    image: torch.Tensor,
+    strength: float,
+    start: float,
+    end: float,
+    control_type: str = "none",
+    vae: Any = None,
+) -> list[Any]:
+    """XDiTControlNetApply's work: `conditioning` with the ControlNet behind those it has already.
+
+    Raises:
+        InvalidInput: no ControlNet, or a value that cannot be.
+    """
+    if not isinstance(control_net, RemoteControlNet):
+        raise InvalidInput(
+            f"{type(control_net).__name__} is no CONTROL_NET; connect 'xDiT ControlNet Loader'."
+        )
+    mode = checked_application(control_net, image, strength, start, end, control_type, vae)
+    if strength == 0:
+        return conditioning
+    return [
+        [
+            context,
+            {
+                **options,
+                "control": Application(
+                    control_net, image, vae, strength, start, end, mode, options.get("control")
+                ),
+            },
+        ]
+        for context, options in conditioning
+    ]

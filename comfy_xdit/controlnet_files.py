@@ -18,6 +18,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 TOKEN_PIXELS = 4  # latent pixels of a token
 STOCK = "use the stock ControlNet nodes, which work with an xDiT MODEL"
+HUNYUAN = "a ControlNet for HunyuanDiT, a family the ranks do not have"
+PIXART = "a ControlNet for PixArt, a family the ranks do not have"
+STABILITY = "a ControlNet in Stability's format for SD3.5 large"
 OTHER = "choose a ControlNet for SD3 or FLUX.1"
 
 
@@ -41,12 +44,12 @@ class ControlNetKind:
 # A tensor that tells what a file is which is no ControlNet for the ranks, what that is, and a remedy.
 _REFUSED = (
     ("controlnet_blocks.0.linear.weight", "a MistoLine ControlNet for FLUX.1", STOCK),
-    ("transformer_blocks.0.adaLN_modulation.1.bias", "a ControlNet in Stability's format for SD3.5 large", STOCK),
+    ("transformer_blocks.0.adaLN_modulation.1.bias", STABILITY, STOCK),
     ("transformer_blocks.0.img_mlp.net.0.proj.weight", "a ControlNet for Qwen-Image", OTHER),
-    ("after_proj_list.18.bias", "a ControlNet for HunyuanDiT, a family the ranks do not have", OTHER),
-    ("input_block.weight", "a ControlNet for HunyuanDiT, a family the ranks do not have", OTHER),
-    ("controlnet_blocks.0.after_proj.weight", "a ControlNet for PixArt, a family the ranks do not have", OTHER),
-    ("controlnet.0.after_proj.weight", "a ControlNet for PixArt, a family the ranks do not have", OTHER),
+    ("after_proj_list.18.bias", HUNYUAN, OTHER),
+    ("input_block.weight", HUNYUAN, OTHER),
+    ("controlnet_blocks.0.after_proj.weight", PIXART, OTHER),
+    ("controlnet.0.after_proj.weight", PIXART, OTHER),
     ("controlnet_cond_embedding.conv_in.weight", "a ControlNet for SD1.5, SD2 or SDXL", OTHER),
     ("zero_convs.0.0.weight", "a ControlNet for SD1.5, SD2 or SDXL", OTHER),
     ("control_model.zero_convs.0.0.weight", "a ControlNet for SD1.5, SD2 or SDXL", OTHER),
@@ -93,7 +96,8 @@ def kind_at(path: Path, name: str) -> ControlNetKind:
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     if file.suffix in PICKLES:
         raise InvalidInput(
-            f"{file.name} is a pickle file, which can run code; convert it to safetensors on a machine you trust."
+            f"{file.name} is a pickle file, which can run code; convert it to safetensors on a machine you "
+            "trust."
         )
     try:
         with safe_open(file, framework="pt") as opened:
@@ -128,8 +132,8 @@ def _flux(shapes: Shapes, name: str) -> ControlNetKind:
 def _refuse_inpainting(name: str, hint: int, picture: int) -> None:
     if hint > picture > 0:
         raise InvalidInput(
-            f"{name} takes a hint of {hint} channels beside a picture of {picture}: an inpainting ControlNet, "
-            f"which does not run in the ranks; {STOCK}."
+            f"{name} takes a hint of {hint} channels beside a picture of {picture}: an inpainting "
+            f"ControlNet, which does not run in the ranks; {STOCK}."
         )
 
 
@@ -144,5 +148,6 @@ def _no_controlnet(shapes: Shapes, name: str) -> InvalidInput:
         return InvalidInput(f"{name} is a diffusion model, no ControlNet; load it with an xDiT loader.")
     some = ", ".join(sorted(shapes)[:3])
     return InvalidInput(
-        f"{name} is no ControlNet that runs in the ranks: its {len(shapes)} tensors begin with {some}; {OTHER}."
+        f"{name} is no ControlNet that runs in the ranks: its {len(shapes)} tensors begin with {some}; "
+        f"{OTHER}."
     )

@@ -201,7 +201,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Forget:
-    """Let go of the models and ControlNets `specs` and of the tensors `names`, or of everything. Answer: None."""
+    """Let go of models and ControlNets `specs` and of tensors `names`, or of everything. Answer: None."""
 
     specs: tuple[ModelSpec | ControlNet, ...] | None = None
     names: tuple[int | str, ...] = ()

@@ -314,6 +314,11 @@ class RemoteVAE(Remote):
         return self._tiled_if_needed(message, pixels.shape[-2:], interrupted)["latent"]
 
     @property
+    def ratio(self) -> int:
+        """Pixels per latent pixel."""
+        return self._ratio(None)
+
+    @property
     def _world_size(self) -> int:
         return self.parallel.check(available_devices()).world_size
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxControlNetModel, SD3ControlNetModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,15 +22,21 @@ SD3 = {**tiny.SD3_CONFIG, "num_layers": 2}
 SD35 = {**SD3, "dual_attention_layers": (0,)}
 FLUX = {**tiny.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 2}
 UNION = {**FLUX, "num_layers": 2, "num_single_layers": 0, "num_mode": 3}
-PIXELS = {**FLUX, "num_layers": 2, "num_single_layers": 0, "patch_size": 2, "conditioning_embedding_channels": 16}
+PIXELS = {
+    **FLUX,
+    "num_layers": 2,
+    "num_single_layers": 0,
+    "patch_size": 2,
+    "conditioning_embedding_channels": 16,
+}
 # name: (its transformer, class, configuration, seed)
 NETS = {
-    "sd3": ("sd3", SD3ControlNetModel, SD3, 11),
-    "sd3 again": ("sd3", SD3ControlNetModel, {**SD3, "num_layers": 3}, 12),
-    "sd3.5": ("sd3.5-medium", SD3ControlNetModel, SD35, 13),
-    "flux": ("flux", FluxControlNetModel, FLUX, 14),
-    "flux union": ("flux", FluxControlNetModel, UNION, 15),
-    "flux pixels": ("flux", FluxControlNetModel, PIXELS, 16),
+    "sd3": ("sd3", "SD3ControlNetModel", SD3, 11),
+    "sd3 again": ("sd3", "SD3ControlNetModel", {**SD3, "num_layers": 3}, 12),
+    "sd3.5": ("sd3.5-medium", "SD3ControlNetModel", SD35, 13),
+    "flux": ("flux", "FluxControlNetModel", FLUX, 14),
+    "flux union": ("flux", "FluxControlNetModel", UNION, 15),
+    "flux pixels": ("flux", "FluxControlNetModel", PIXELS, 16),
 }
 
 
@@ -52,6 +58,12 @@ class TinyNet:
 def build(name: str) -> nn.Module:
     """The diffusers ControlNet: nothing in it is zero, as it would be before training."""
     _, cls, config, seed = NETS[name]
+    return made(cls, config, seed)
+
+
+def made(name: str, config: dict[str, Any], seed: int) -> nn.Module:
+    """A ControlNet of one of diffusers' classes with random weights."""
+    cls = getattr(importlib.import_module("diffusers"), name)
     with warnings.catch_warnings():  # diffusers' own class uses its own deprecated import
         warnings.filterwarnings("ignore", message=".*FluxPosEmbed", category=FutureWarning)
         return tiny.randomise(cls(**config), seed)
@@ -118,7 +130,9 @@ def applied(net: TinyNet, hint: torch.Tensor, strength: float = 0.8, **more: Any
 Called = tuple[TinyNet, torch.Tensor, float, int | None]  # net, hint, strength, mode
 
 
-def reference(model: tiny.TinyModel, x: torch.Tensor, timestep: torch.Tensor, given: dict, *nets: Called) -> Any:
+def reference(
+    model: tiny.TinyModel, x: torch.Tensor, timestep: torch.Tensor, given: dict, *nets: Called
+) -> Any:
     """Plain diffusers: each net, the sum of their residuals, and the transformer, on one rank."""
     height, width = x.shape[-2:]
     x = to_whole_patches(x)
@@ -144,7 +158,7 @@ def _net_outputs(
     """As diffusers' pipelines call a ControlNet."""
     kwargs, batch = dict(kwargs), x.shape[0]
     hint = hint.expand(batch, -1, -1, -1)
-    if isinstance(net.module, SD3ControlNetModel):
+    if type(net.module).__name__ == "SD3ControlNetModel":
         kwargs["pooled_projections"] = torch.zeros_like(kwargs["pooled_projections"])
         kwargs["controlnet_cond"] = to_whole_patches(hint * 1.5305)
         return net.module(**kwargs, conditioning_scale=strength, return_dict=False)

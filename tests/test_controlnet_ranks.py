@@ -60,7 +60,9 @@ def test_one_call(tiny_models, nets, layout, name, size):
     assert tiny.relative_l2(remote.denoise(x, timestep, given), without) <= PER_CALL
 
 
-@pytest.mark.parametrize(("first", "second"), [("sd3", "sd3"), ("flux", "flux"), ("flux union", "flux union")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("sd3", "sd3"), ("flux", "flux"), ("flux union", "flux union")]
+)
 def test_two_stacked(tiny_models, nets, layout, first, second):
     """diffusers adds up what several nets of one depth say."""
     one, two = nets[first], nets[second]
@@ -92,7 +94,9 @@ def test_prompts_of_two_lengths_in_one_call(tiny_models, nets, layout, name):
         ]
     )
     given = {key: torch.cat([one[key] for one in single]) for key in single[0] if key != "context"}
-    given["context"] = torch.cat([torch.nn.functional.pad(single[0]["context"], (0, 0, 0, 7)), single[1]["context"]])
+    given["context"] = torch.cat(
+        [torch.nn.functional.pad(single[0]["context"], (0, 0, 0, 7)), single[1]["context"]]
+    )
     given["context_lengths"] = torch.tensor((5, 12))
 
     actual = handle(model, layout).denoise(x, timestep, given, nets=(applied(net, hint),))
@@ -170,7 +174,9 @@ def test_reference_latents_behind_the_picture(tiny_models, nets, layout):
     with_reference = given | {"ref_latents": [random(2, 16, 4, 6, seed=8)], "ref_latents_method": "offset"}
     call = model.family.call(model.config, controlnets.to_whole_patches(x), timestep, given)
     with torch.no_grad():
-        residuals = controlnets._net_outputs(net, call.kwargs, hint, 0.8, None, controlnets.to_whole_patches(x))
+        residuals = controlnets._net_outputs(
+            net, call.kwargs, hint, 0.8, None, controlnets.to_whole_patches(x)
+        )
     control = {"input": residuals[0] * 2, "output": [r for r in residuals[1] for _ in range(2)][:3]}
     remote = handle(model, layout)
     expected = remote.denoise(x, timestep, with_reference, control=control)  # test_control.py holds this way

@@ -65,8 +65,8 @@ class FittedControlNet:
         if groups.degrees.stages > 1:
             raise InvalidInput(
                 f"{self.name}: a ControlNet's residuals are for the whole picture at one step, and under "
-                "PipeFusion patches of several steps are on their way at once; set pipefusion_degree to 1, and "
-                "ulysses_degree instead."
+                "PipeFusion patches of several steps are on their way at once; set pipefusion_degree to 1, "
+                "and ulysses_degree instead."
             )
         spec.check()
         path = Path(spec.path)
@@ -75,8 +75,8 @@ class FittedControlNet:
         self.kind = kind_of(shapes, self.name)
         if self.kind.family != transformer.family.name:
             raise InvalidInput(
-                f"{self.name} is a ControlNet for {self.kind.family}, the MODEL is {transformer.family.name}; "
-                f"choose a ControlNet for {transformer.family.name}."
+                f"{self.name} is a ControlNet for {self.kind.family}, the MODEL is "
+                f"{transformer.family.name}; choose a ControlNet for {transformer.family.name}."
             )
         self._rules: ControlNetFamily = FAMILIES[self.kind.family]
         self.config = _config(self._rules, shapes, self.kind, path, self.name)
@@ -107,8 +107,9 @@ class FittedControlNet:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InvalidInput(
-                    f"{self.name}: {mapping[name].key} holds values that are not finite in {self.dtype} (NaN or "
-                    "infinity); the file is damaged or needs another weight_dtype: choose another one."
+                    f"{self.name}: {mapping[name].key} holds values that are not finite in {self.dtype} "
+                    "(NaN or infinity); the file is damaged or needs another weight_dtype: choose another "
+                    "one."
                 )
         self.module.load_state_dict(tensors, assign=True)
         self.module.to(self._groups.device).eval().requires_grad_(False)
@@ -120,8 +121,8 @@ class FittedControlNet:
         """Raise InvalidInput for a hint, or a type, that does not fit a call for `x` (B, C, H, W)."""
         if applied.mode is not None and not 0 <= applied.mode < self.kind.modes:
             raise InvalidInput(
-                f"{self.name} has {self.kind.modes} control types, and type {applied.mode} is asked for; choose "
-                "one of them, or none."
+                f"{self.name} has {self.kind.modes} control types, and type {applied.mode} is asked for; "
+                "choose one of them, or none."
             )
         height, width = x.shape[-2:]
         wanted = x.shape[1:]
@@ -135,7 +136,9 @@ class FittedControlNet:
                 f"{', '.join(map(str, wanted))}); use the VAE of this model, and one hint or one per picture."
             )
         if not torch.isfinite(hint).all():
-            raise InvalidInput(f"the hint for {self.name} holds values that are not finite; check the picture.")
+            raise InvalidInput(
+                f"the hint for {self.name} holds values that are not finite; check the picture."
+            )
         positions = self.config.get("pos_embed_max_size")
         if positions is not None and max(to_whole_patches(x).shape[-2:]) > positions * PATCH:
             raise InvalidInput(
@@ -167,7 +170,8 @@ class FittedControlNet:
         found = {id(r): r for given in residuals.values() for r in given if r is not None}
         gathered = {key: self._tokens.whole_image(residual) for key, residual in found.items()}
         return {
-            place: [None if r is None else gathered[id(r)] for r in given] for place, given in residuals.items()
+            place: [None if r is None else gathered[id(r)] for r in given]
+            for place, given in residuals.items()
         }
 
     def _hint(self, applied: NetCall, x: torch.Tensor) -> torch.Tensor:
@@ -282,6 +286,6 @@ def _check_fit(name: str, config: dict[str, Any], model: dict[str, Any], groups:
     heads, ulysses = config["num_attention_heads"], groups.degrees.ulysses
     if heads % ulysses:
         raise InvalidInput(
-            f"ulysses_degree {ulysses} does not divide the {heads} attention heads of {name}; set ulysses_degree "
-            "to a divisor of them, or use ring_degree instead."
+            f"ulysses_degree {ulysses} does not divide the {heads} attention heads of {name}; set "
+            "ulysses_degree to a divisor of them, or use ring_degree instead."
         )

@@ -184,9 +184,7 @@ class Transformer:
         outputs = []
         for rows, group in batch.by_length():
             order += rows
-            outputs.append(
-                self.predict(group.x, group.timestep, group.conditions, group.control, group.nets)
-            )
+            outputs.append(self.predict(group.x, group.timestep, group.conditions, group.control, group.nets))
         if len(outputs) == 1:
             return outputs[0]
         return torch.cat(outputs)[torch.tensor(order).argsort()]
