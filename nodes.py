@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from comfy_xdit.ip_adapter_nodes import XDiTIPAdapterApply, XDiTIPAdapterLoader
 from comfy_xdit.lora import add_lora, lora_stamp
 from comfy_xdit.packages import install, missing_packages, unavailable
 from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig
@@ -300,7 +301,7 @@ class XDiTStatus:
 
 NODES = (
     XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader, XDiTSampler,
-    XDiTVAEDecode, XDiTStatus,
+    XDiTVAEDecode, XDiTIPAdapterLoader, XDiTIPAdapterApply, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

@@ -17,14 +17,17 @@ import torch
 
 from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError
 from comfy_xdit.group import holders, running_groups, worker_group
+from comfy_xdit.ip_adapter import PicturePrompt, check_files, refuse_stages
 from comfy_xdit.messages import (
     NO_PATCHES,
     Check,
+    CheckIPAdapter,
     CheckLora,
     Decode,
     Denoise,
     Encode,
     EncodeText,
+    ImagePrompt,
     Keep,
     Known,
     Load,
@@ -36,7 +39,7 @@ from comfy_xdit.messages import (
 from comfy_xdit.parallel import ParallelConfig, available_devices
 from comfy_xdit.patches import SentPatches
 from comfy_xdit.refine import Calls
-from comfy_xdit.spec import LoraFile, ModelSpec
+from comfy_xdit.spec import IPAdapterFile, LoraFile, ModelSpec
 
 Interrupt = Callable[[], bool]
 # Smaller tensors cost less to send than to compare.
@@ -138,10 +141,14 @@ class Remote:
 
 @dataclass
 class RemoteModel(Remote):
-    """A diffusion transformer in the ranks. `patches` are those of its weights in `denoise`."""
+    """A diffusion transformer in the ranks. `patches` are those of its weights in `denoise`.
+
+    `pictures` prompt it where the handle itself is the MODEL, without ComfyUI.
+    """
 
     sent: SentTensors = field(default_factory=SentTensors, repr=False)
     patches: PatchSet = field(default=NO_PATCHES, repr=False)
+    pictures: tuple[PicturePrompt, ...] = field(default=(), repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
 
     def check_lora(self, file: LoraFile, interrupted: Interrupt | None = None) -> dict[str, Any]:
@@ -152,6 +159,21 @@ class RemoteModel(Remote):
         """
         return self._call(CheckLora(self.spec, file), only=(0,), interrupted=interrupted).value
 
+    def check_ip_adapter(
+        self,
+        file: IPAdapterFile,
+        shapes: dict[str, tuple[int, ...]],
+        interrupted: Interrupt | None = None,
+    ) -> dict[str, Any]:
+        """What `file` would add to this model (see `CheckIPAdapter`); nothing is added yet.
+
+        Raises:
+            InvalidInput: the file is damaged or none for this model, or the layout or the encoded
+                picture does not fit.
+        """
+        refuse_stages(self.parallel)
+        return self._call(CheckIPAdapter(self.spec, file, shapes), only=(0,), interrupted=interrupted).value
+
     def denoise(
         self,
         x: torch.Tensor,
@@ -159,6 +181,8 @@ class RemoteModel(Remote):
         conditions: dict[str, Any],
         interrupted: Interrupt | None = None,
         control: dict[str, list[torch.Tensor | None]] | None = None,
+        image_prompts: Sequence[ImagePrompt] = (),
+        negative: Sequence[bool] = (),
     ) -> torch.Tensor:
         """One transformer call with ComfyUI's arguments.
 
@@ -167,6 +191,7 @@ class RemoteModel(Remote):
             timestep: (B,) as ComfyUI hands it to the transformer.
             conditions: keyword arguments (context, y, guidance ...).
             control: residuals of ControlNets, one list per place (see `Denoise`).
+            image_prompts, negative: pictures that act, and which rows do not see them.
 
         Returns:
             The output, (B, C, H, W), on CPU.
@@ -175,12 +200,17 @@ class RemoteModel(Remote):
             InvalidInput: the layout is for whole sampling loops only.
         """
         _refuse_pipefusion(self.parallel, control)
+        check_files(image_prompts)
 
         def message(generation: int) -> Denoise:
             referred = self.sent.refer(conditions, generation)
             patches = _sent_patches[self.parallel].refer(self.patches, generation)
+            embeds = self.sent.refer({str(i): p.embeds for i, p in enumerate(image_prompts)}, generation)
+            pictures = tuple(replace(p, embeds=embeds[str(i)]) for i, p in enumerate(image_prompts))
             forget = self.sent.take_forgotten()
-            return Denoise(self.spec, x, timestep, referred, forget, control, patches)
+            return Denoise(
+                self.spec, x, timestep, referred, forget, control, patches, pictures, tuple(negative)
+            )
 
         try:
             output = self._call(message, interrupted=interrupted).value
@@ -188,7 +218,7 @@ class RemoteModel(Remote):
             self.sent.reset()
             _sent_patches[self.parallel].reset()
             raise
-        if control is None and "ref_latents" not in conditions:
+        if control is None and not image_prompts and "ref_latents" not in conditions:
             self._note(Denoise, x)
         return output
 
@@ -199,6 +229,10 @@ class RemoteModel(Remote):
         interrupted: Interrupt | None = None,
     ) -> torch.Tensor:
         """A whole sampling loop in the ranks; returns the last latent, scaled, on CPU."""
+
+        if request.image_prompts:
+            refuse_stages(self.parallel)
+            check_files(request.image_prompts)
 
         def message(generation: int) -> Sample:
             patches = _sent_patches[self.parallel].refer(request.patches, generation)
@@ -211,7 +245,7 @@ class RemoteModel(Remote):
         except BaseException:
             _sent_patches[self.parallel].reset()
             raise
-        if "ref_latents" not in request.positive:
+        if not request.image_prompts and "ref_latents" not in request.positive:
             steps = len(request.sigmas) - 1
             self._note(Sample, request.latent, request.negative is not None, request.sampler, steps)
         return latent

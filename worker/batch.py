@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,23 @@ import torch
 from torch.nn.functional import pad
 
 from comfy_xdit.errors import InvalidInput
+from comfy_xdit.messages import ImagePrompt
 
 LENGTHS = "context_lengths"
 Rows = slice | list[int]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Image prompts of one call; rows that are True in `negative` (B,) see zeros instead."""
+
+    prompts: tuple[ImagePrompt, ...]
+    negative: torch.Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[ImagePrompt], negative: torch.Tensor) -> Pictures | None:
+        """None where there are no prompts."""
+        return cls(tuple(prompts), negative) if prompts else None
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Batch:
     timestep: torch.Tensor
     conditions: dict[str, Any]
     control: dict[str, list[torch.Tensor | None]] | None = None
+    pictures: Pictures | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -42,7 +57,8 @@ class Batch:
                 return {name: cut(part) for name, part in value.items()}
             return [cut(part) for part in value] if isinstance(value, list) else value
 
-        return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control))
+        pictures = self.pictures and replace(self.pictures, negative=self.pictures.negative[rows])
+        return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control), pictures)
 
     @property
     def calls(self) -> int:

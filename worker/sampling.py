@@ -8,7 +8,7 @@ import torch
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Sample
-from worker.batch import Batch, join
+from worker.batch import Batch, Pictures, join
 from worker.guidance import Guidance
 from worker.loop import Run
 from worker.parallel import RankGroups
@@ -53,11 +53,18 @@ def _whole(
     guidance = Guidance.of(request)
     sampler = Sampler(request.sampler, guidance.noised(request.sigmas[0]), request.sigmas)
     steps = len(request.sigmas) - 1
+    # The negative side comes first, where there are two.
+    sides = torch.arange(guidance.sides, 0, -1, device=request.latent.device)
+    negatives = (sides.repeat_interleave(len(request.latent)) == 2).chunk(len(batches))
     while (asked := sampler.wanted) is not None:
         x = guidance.before(asked.x, asked.sigma)
         rows = torch.cat([x] * (guidance.sides // len(batches)))
         timestep = (asked.sigma * request.multiplier).expand(rows.shape[0])
-        outputs = [transformer.predict_batch(Batch(rows, timestep, given)) for given in batches]
+        acting = [prompt for prompt in request.image_prompts if prompt.acts(float(asked.sigma))]
+        outputs = [
+            transformer.predict_batch(Batch(rows, timestep, given, None, Pictures.of(acting, negative)))
+            for given, negative in zip(batches, negatives, strict=True)
+        ]
         sampler.advance(guidance.after(x, asked.sigma, torch.cat(outputs)))
         if sampler.wanted is None or sampler.wanted.step > asked.step:
             shown = sampler.denoised if request.previews and groups.rank == 0 else None

@@ -12,9 +12,10 @@ from accelerate import init_empty_weights
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.spec import ModelSpec
-from worker.batch import LENGTHS, Batch, check_lengths
+from worker.batch import LENGTHS, Batch, Pictures, check_lengths
 from worker.checkpoints import Checkpoint, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals
+from worker.ip_adapters import IPAdapters
 from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import ModelFamily, to_whole_patches
@@ -48,6 +49,7 @@ class Transformer:
             self.module = self.family.build(self.config)
         _check_complete(self.module, self._mapping, checkpoint, spec.path)
         self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
+        self.ip_adapters = IPAdapters(self.family, self.config, self.dtype, groups.device)
         self._parameters = sum(p.numel() for p in self.module.parameters())
         self.stage: Stage | None = None
         if degrees.stages > 1:
@@ -62,11 +64,11 @@ class Transformer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this rank's weights once they are read."""
+        """Bytes of this rank's weights once they are read, and of IP-Adapters that were."""
         shards = self._shards
         whole = {n: p for n, p in self.module.named_parameters() if not (shards and n in shards.places)}
         own = sum(p.numel() for p in whole.values()) * self.dtype.itemsize
-        return own + (shards.nbytes if shards else 0)
+        return own + (shards.nbytes if shards else 0) + self.ip_adapters.nbytes
 
     def load(self) -> None:
         """Read the weights. Everything that can be wrong with the file was checked before."""
@@ -90,6 +92,7 @@ class Transformer:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
         own = self._tokens.own_image if self._tokens else lambda tokens: tokens
         self._control = ControlResiduals(self.module, self.family.control, own)
+        self.ip_adapters.attach(self.module, spread=self._tokens is not None)
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written.
@@ -129,6 +132,7 @@ class Transformer:
         timestep: torch.Tensor,
         conditions: dict[str, Any],
         control: Residuals | None = None,
+        pictures: Pictures | None = None,
     ) -> torch.Tensor:
         """The transformer's output for (B, C, H, W), in x's dtype. All sequence ranks call it alike."""
         height, width = x.shape[-2:]
@@ -137,7 +141,7 @@ class Transformer:
         spread_tokens = (
             self._tokens.tokens(call.image_tokens, call.text_tokens) if self._tokens else nullcontext()
         )
-        with spread_tokens, self._control.of(control):
+        with spread_tokens, self._control.of(control), self.ip_adapters.of(pictures, timestep):
             (sample,) = self.module(**call.kwargs, return_dict=False)
         return self.family.output(self.config, sample, padded)[..., :height, :width].to(x.dtype)
 
@@ -181,7 +185,9 @@ class Transformer:
         outputs = []
         for rows, group in batch.by_length():
             order += rows
-            outputs.append(self.predict(group.x, group.timestep, group.conditions, group.control))
+            outputs.append(
+                self.predict(group.x, group.timestep, group.conditions, group.control, group.pictures)
+            )
         if len(outputs) == 1:
             return outputs[0]
         return torch.cat(outputs)[torch.tensor(order).argsort()]

@@ -15,6 +15,7 @@ DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 INDEX = "model_index.json"
+IP_ADAPTERS = "ipadapter"
 
 
 def diffusion_models() -> list[str]:
@@ -49,6 +50,35 @@ def lora_path(name: str) -> Path:
     if path is None or not os.path.isfile(path):
         raise InvalidInput(f"no LoRA {name!r}; put it into models/loras and press R.")
     return Path(path)
+
+
+def ip_adapters() -> list[str]:
+    """Names for a widget: the files in models/ipadapter, a folder that ComfyUI itself does not know."""
+    _know_ip_adapters()
+    return folder_paths.get_filename_list(IP_ADAPTERS)
+
+
+def ip_adapter_path(name: str) -> Path:
+    """The file behind a name of `ip_adapters`.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    _know_ip_adapters()
+    path = folder_paths.get_full_path(IP_ADAPTERS, name)
+    if path is None or not os.path.isfile(path):
+        raise InvalidInput(f"no IP-Adapter {name!r}; put it into models/{IP_ADAPTERS} and press R.")
+    return Path(path)
+
+
+def _know_ip_adapters() -> None:
+    """Register the folder, unless another pack or extra_model_paths.yaml has."""
+    if IP_ADAPTERS not in folder_paths.folder_names_and_paths:
+        folder = os.path.join(folder_paths.models_dir, IP_ADAPTERS)
+        folder_paths.folder_names_and_paths[IP_ADAPTERS] = (
+            [folder],
+            set(folder_paths.supported_pt_extensions),
+        )
 
 
 def pipelines() -> list[str]:

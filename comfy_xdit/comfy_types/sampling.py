@@ -16,7 +16,7 @@ import comfy.utils
 import latent_preview
 import torch
 
-from comfy_xdit.comfy_types.model import rank_options, remote_of
+from comfy_xdit.comfy_types.model import pictures_of, rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Progress, Sample
@@ -104,6 +104,7 @@ def sample_request(
         mask=mask,
         previews=comfy.cli_args.args.preview_method != latent_preview.LatentPreviewMethod.NoPreviews,
         patches=model.weight_patches(),
+        image_prompts=pictures_of(model),
     )
     return request, lambda answer: _finish(model, answer)
 
