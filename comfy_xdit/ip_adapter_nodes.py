@@ -51,7 +51,7 @@ class XDiTIPAdapterApply:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Widgets in their order."""
         weight = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01, "round": 0.001}
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
+        percent = {"min": 0.0, "max": 1.0, "step": 0.001, "round": 0.0001}
         picture = {"tooltip": "From CLIP Vision Encode, with the encoder that the adapter was made with."}
         return {
             "required": {

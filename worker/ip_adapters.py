@@ -156,10 +156,15 @@ class IPAdapters:
         try:
             with init_empty_weights():
                 module = adapter({name: shapes[key] for name, key in sources.items()}, self._config)
-        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        except KeyError as error:
             raise InvalidInput(
                 f"{file.name} lacks {error}, which an IP-Adapter for {self._family.name} has; choose a "
                 "complete file."
+            ) from error
+        except (IndexError, ValueError, ZeroDivisionError) as error:
+            raise InvalidInput(
+                f"{file.name} has tensors of shapes that no IP-Adapter for {self._family.name} has "
+                f"({error}); the file is damaged: download it again."
             ) from error
         _check_shapes(file, module, checkpoint, sources, self._family.name)
         return Opened(module, checkpoint, sources)

@@ -15,6 +15,8 @@ NODES = {
     "XDiTLoadPipeline": ("MODEL", "CLIP", "VAE"),
     "XDiTLoadDiffusionModel": ("MODEL",),
     "XDiTLoraLoader": ("MODEL",),
+    "XDiTIPAdapterLoader": ("XDIT_IP_ADAPTER",),
+    "XDiTIPAdapterApply": ("MODEL",),
     "XDiTSampler": ("LATENT",),
     "XDiTVAEDecode": ("IMAGE",),
     "XDiTStatus": ("STRING",),
