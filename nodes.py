@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
+from comfy_xdit.ip_adapter_nodes import XDiTIPAdapterApply, XDiTIPAdapterLoader
 from comfy_xdit.lora import add_lora, lora_stamp
 from comfy_xdit.packages import install, missing_packages, unavailable
 from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig
@@ -301,7 +302,8 @@ class XDiTStatus:
 
 NODES = (
     XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader,
-    XDiTControlNetLoader, XDiTControlNetApply, XDiTSampler, XDiTVAEDecode, XDiTStatus,
+    XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply, XDiTSampler,
+    XDiTVAEDecode, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

@@ -20,13 +20,15 @@ from comfy_xdit import conversion, patches
 from comfy_xdit.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import Interrupted, InvalidInput
+from comfy_xdit.ip_adapter import PicturePrompt, at_sigmas
 from comfy_xdit.messages import Progress, Sample
 from comfy_xdit.remote import Remote, RemoteModel, RemoteTextEncoders, RemoteVAE
-from comfy_xdit.schedulers import SCHEDULERS
+from comfy_xdit.schedulers import SCHEDULERS, Sampling
 from comfy_xdit.spec import LoraFile
 
 SAMPLERS = conversion.SAMPLERS
-MODELS_DIR = "XDIT_MODELS_DIR"  # environment: with diffusers/, diffusion_models/, loras/, vae/, controlnet/
+# Environment: a folder with diffusers/, diffusion_models/, loras/, vae/, controlnet/, ipadapter/
+MODELS_DIR = "XDIT_MODELS_DIR"
 INDEX = "model_index.json"
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
@@ -119,12 +121,18 @@ def sample_request(
         denoise=denoise,
     )
     conversion.hold_nets(remote, positive, negative)
-    return replace(request, patches=remote.patches), finish
+    pictures = at_sigmas(remote.pictures, Sampling.of(info).sigma_at)
+    return replace(request, patches=remote.patches, image_prompts=pictures), finish
 
 
 def with_file(model: RemoteModel, file: LoraFile, weights: Iterable[str], strength: float) -> RemoteModel:
     """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
     return replace(model, patches=patches.with_file(model.patches, file, weights, strength))
+
+
+def with_picture(model: RemoteModel, prompt: PicturePrompt) -> RemoteModel:
+    """A MODEL that is prompted by one more picture."""
+    return replace(model, pictures=(*model.pictures, prompt))
 
 
 def samplers() -> list[str]:
@@ -256,6 +264,26 @@ def control_net_path(name: str) -> Path:
     raise InvalidInput(
         f"no ControlNet {name!r}; give the path of a safetensors file or of a diffusers folder, or put it "
         f"into controlnet/ of the folder named by {MODELS_DIR}."
+    )
+
+
+def ip_adapters() -> Names:
+    """Names for a widget: files below XDIT_MODELS_DIR/ipadapter."""
+    return Names(sorted(_below("ipadapter")))
+
+
+def ip_adapter_path(name: str) -> Path:
+    """The file behind a name of `ip_adapters`, or the path `name` itself.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    for path in [*(f / name for f in _folders("ipadapter")), Path(name)]:
+        if path.is_file():
+            return path
+    raise InvalidInput(
+        f"no IP-Adapter {name!r}; give the path of a safetensors file, or put it into ipadapter/ of the "
+        f"folder named by {MODELS_DIR}."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ControlNet, LoraFile, ModelSpec
+from comfy_xdit.spec import ControlNet, IPAdapterFile, LoraFile, ModelSpec
 
 # ------------------------------------------------------------------ host -> ranks
 
@@ -41,6 +41,20 @@ class CheckLora:
 
     spec: ModelSpec
     file: LoraFile
+
+
+@dataclass(frozen=True)
+class CheckIPAdapter:
+    """Say whether `file` is an IP-Adapter for the transformer `spec`, without reading its weights.
+
+    `shapes` are those of what a picture was encoded to, by ComfyUI's names (image_embeds,
+    penultimate_hidden_states). Answer: {"embeds": the name of what the adapter takes, "blocks": how
+    many attentions it adds to}.
+    """
+
+    spec: ModelSpec
+    file: IPAdapterFile
+    shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,25 @@ class AppliedControlNet:
 
 
 @dataclass(frozen=True)
+class ImagePrompt:
+    """An encoded picture that prompts the transformer through an IP-Adapter.
+
+    `embeds` is (N, width) or (N, tokens, width), a `Keep` or a `Known`; `weight` scales what it adds.
+    It acts at noise levels (sigma) from `first` down to `last`.
+    """
+
+    file: IPAdapterFile
+    embeds: Any
+    weight: float
+    first: float = 1.0
+    last: float = 0.0
+
+    def acts(self, sigma: float) -> bool:
+        """Whether it counts at this noise level."""
+        return self.first >= sigma >= self.last
+
+
+@dataclass(frozen=True)
 class Denoise:
     """One call of the transformer, with ComfyUI's arguments.
 
@@ -107,6 +140,8 @@ class Denoise:
     `control` holds the residuals of ControlNets on the host, (B or 1, tokens, width) or None per
     block, by the names ComfyUI gives the lists. They change with every call and are not kept.
     `nets` are the ControlNets that the ranks run themselves.
+    `image_prompts` act in this call; rows that are True in `negative` (one per row, or empty: none)
+    are of the negative prompt, which sees zeros instead.
     Answer: the transformer's output, shaped like `x`.
     """
 
@@ -118,6 +153,8 @@ class Denoise:
     control: dict[str, list[torch.Tensor | None]] | None = None
     patches: PatchSet = NO_PATCHES
     nets: tuple[AppliedControlNet, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    negative: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +198,7 @@ class Sample:
     warmup_steps: int = 1
     positive_nets: tuple[AppliedControlNet, ...] = ()
     negative_nets: tuple[AppliedControlNet, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,9 +302,9 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Check, CheckLora, Denoise, Keep, Known, Patch, PatchSet, Sample, EncodeText, Decode, Encode,
-        Stop, Forget, Status, Ready, Progress, Result, Failure, Cancelled, ModelSpec, LoraFile,
-        ParallelConfig, ControlNet, AppliedControlNet,
+        Load, Check, CheckLora, CheckIPAdapter, Denoise, ImagePrompt, Keep, Known, Patch, PatchSet, Sample,
+        EncodeText, Decode, Encode, Stop, Forget, Status, Ready, Progress, Result, Failure, Cancelled,
+        ModelSpec, LoraFile, IPAdapterFile, ParallelConfig, ControlNet, AppliedControlNet,
     )
 }  # fmt: skip
 

@@ -17,15 +17,18 @@ import torch
 
 from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError
 from comfy_xdit.group import holders, running_groups, worker_group
+from comfy_xdit.ip_adapter import PicturePrompt, check_files, refuse_stages
 from comfy_xdit.messages import (
     NO_PATCHES,
     AppliedControlNet,
     Check,
+    CheckIPAdapter,
     CheckLora,
     Decode,
     Denoise,
     Encode,
     EncodeText,
+    ImagePrompt,
     Keep,
     Known,
     Load,
@@ -37,7 +40,7 @@ from comfy_xdit.messages import (
 from comfy_xdit.parallel import ParallelConfig, available_devices
 from comfy_xdit.patches import SentPatches
 from comfy_xdit.refine import Calls
-from comfy_xdit.spec import LoraFile, ModelSpec
+from comfy_xdit.spec import IPAdapterFile, LoraFile, ModelSpec
 
 Interrupt = Callable[[], bool]
 # Smaller tensors cost less to send than to compare.
@@ -140,10 +143,14 @@ class Remote:
 
 @dataclass
 class RemoteModel(Remote):
-    """A diffusion transformer in the ranks. `patches` are those of its weights in `denoise`."""
+    """A diffusion transformer in the ranks. `patches` are those of its weights in `denoise`.
+
+    `pictures` prompt it where the handle itself is the MODEL, without ComfyUI.
+    """
 
     sent: SentTensors = field(default_factory=SentTensors, repr=False)
     patches: PatchSet = field(default=NO_PATCHES, repr=False)
+    pictures: tuple[PicturePrompt, ...] = field(default=(), repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
 
     def check_lora(self, file: LoraFile, interrupted: Interrupt | None = None) -> dict[str, Any]:
@@ -154,6 +161,21 @@ class RemoteModel(Remote):
         """
         return self._call(CheckLora(self.spec, file), only=(0,), interrupted=interrupted).value
 
+    def check_ip_adapter(
+        self,
+        file: IPAdapterFile,
+        shapes: dict[str, tuple[int, ...]],
+        interrupted: Interrupt | None = None,
+    ) -> dict[str, Any]:
+        """What `file` would add to this model (see `CheckIPAdapter`); nothing is added yet.
+
+        Raises:
+            InvalidInput: the file is damaged or none for this model, or the layout or the encoded
+                picture does not fit.
+        """
+        refuse_stages(self.parallel)
+        return self._call(CheckIPAdapter(self.spec, file, shapes), only=(0,), interrupted=interrupted).value
+
     def denoise(
         self,
         x: torch.Tensor,
@@ -162,6 +184,8 @@ class RemoteModel(Remote):
         interrupted: Interrupt | None = None,
         control: dict[str, list[torch.Tensor | None]] | None = None,
         nets: tuple[AppliedControlNet, ...] = (),
+        image_prompts: Sequence[ImagePrompt] = (),
+        negative: Sequence[bool] = (),
     ) -> torch.Tensor:
         """One transformer call with ComfyUI's arguments.
 
@@ -171,6 +195,7 @@ class RemoteModel(Remote):
             conditions: keyword arguments (context, y, guidance ...).
             control: residuals of ControlNets, one list per place (see `Denoise`).
             nets: ControlNets that the ranks run; a hint travels once, as a condition does.
+            image_prompts, negative: pictures that act, and which rows do not see them.
 
         Returns:
             The output, (B, C, H, W), on CPU.
@@ -179,6 +204,7 @@ class RemoteModel(Remote):
             InvalidInput: the layout is for whole sampling loops only.
         """
         _refuse_pipefusion(self.parallel, control or nets or None)
+        check_files(image_prompts)
 
         def message(generation: int) -> Denoise:
             referred = self.sent.refer({**conditions, _HINTS: [net.hint for net in nets]}, generation)
@@ -186,8 +212,12 @@ class RemoteModel(Remote):
                 replace(net, hint=hint) for net, hint in zip(nets, referred.pop(_HINTS), strict=True)
             )
             patches = _sent_patches[self.parallel].refer(self.patches, generation)
+            embeds = self.sent.refer({str(i): p.embeds for i, p in enumerate(image_prompts)}, generation)
+            pictures = tuple(replace(p, embeds=embeds[str(i)]) for i, p in enumerate(image_prompts))
             forget = self.sent.take_forgotten()
-            return Denoise(self.spec, x, timestep, referred, forget, control, patches, hinted)
+            return Denoise(
+                self.spec, x, timestep, referred, forget, control, patches, hinted, pictures, tuple(negative)
+            )
 
         try:
             output = self._call(message, interrupted=interrupted).value
@@ -195,7 +225,7 @@ class RemoteModel(Remote):
             self.sent.reset()
             _sent_patches[self.parallel].reset()
             raise
-        if control is None and not nets and "ref_latents" not in conditions:
+        if control is None and not nets and not image_prompts and "ref_latents" not in conditions:
             self._note(Denoise, x)
         return output
 
@@ -209,6 +239,10 @@ class RemoteModel(Remote):
         if request.positive_nets or request.negative_nets:
             _refuse_pipefusion(self.parallel, request.positive_nets or request.negative_nets)
 
+        if request.image_prompts:
+            refuse_stages(self.parallel)
+            check_files(request.image_prompts)
+
         def message(generation: int) -> Sample:
             patches = _sent_patches[self.parallel].refer(request.patches, generation)
             return replace(request, patches=patches, warmup_steps=self.parallel.warmup_steps)
@@ -220,8 +254,8 @@ class RemoteModel(Remote):
         except BaseException:
             _sent_patches[self.parallel].reset()
             raise
-        nets = request.positive_nets or request.negative_nets
-        if "ref_latents" not in request.positive and not nets:
+        added = request.positive_nets or request.negative_nets or request.image_prompts
+        if "ref_latents" not in request.positive and not added:
             steps = len(request.sigmas) - 1
             self._note(Sample, request.latent, request.negative is not None, request.sampler, steps)
         return latent

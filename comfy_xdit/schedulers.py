@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,9 @@ QUADRATIC_THRESHOLD = 0.025  # noise removed by the linear half of linear_quadra
 ZERO = 1e-5  # a noise level this close to 0 is taken for 0
 FULL_DENOISE = 0.9999
 TABLE_SIZES = {"discrete_flow": 1000, "flux": 10000}
+
+
+Time = TypeVar("Time", torch.Tensor, float)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Sampling:
         told = info["sampling"]
         return cls(told["kind"], float(told["shift"]), float(told["multiplier"]))
 
-    def sigma(self, time: torch.Tensor) -> torch.Tensor:
+    def sigma(self, time: Time) -> Time:
         """Noise level at `time`, 0..1, any shape."""
         if self.kind == "flux":
             scale = math.exp(self.shift)
@@ -62,10 +65,10 @@ class Sampling:
         return self.shift * time / (1 + (self.shift - 1) * time)
 
     def sigma_at(self, percent: float) -> float:
-        """Noise level after a share of a run, 0..1."""
-        if percent in (0.0, 1.0):
-            return 1.0 - percent
-        return float(self.sigma(torch.tensor(1.0 - percent, dtype=torch.float64)))
+        """Noise level where this share of a run is done, as ComfyUI's percent_to_sigma says."""
+        if not 0.0 < percent < 1.0:
+            return float(percent <= 0.0)
+        return self.sigma(1.0 - percent)
 
     @property
     def sigma_min(self) -> float:

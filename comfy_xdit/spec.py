@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 from comfy_xdit.errors import InvalidInput
 
@@ -13,6 +14,7 @@ CONTROL_TYPES = {
     "none": None, "canny (0)": 0, "tile (1)": 1, "depth (2)": 2, "blur (3)": 3, "pose (4)": 4, "gray (5)": 5,
     "low quality (6)": 6, "mode 7": 7, "mode 8": 8, "mode 9": 9,
 }  # fmt: skip
+File = TypeVar("File", bound="AdapterFile")
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,20 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LoraFile:
-    """A LoRA file on disk, which the ranks read themselves.
+class AdapterFile:
+    """A file on disk that adds to a model, and that the ranks read themselves.
 
     Args:
         path: absolute path of a safetensors file.
-        stamp: its size in bytes and its modification time in ns: a changed file is another LoRA.
+        stamp: its size in bytes and its modification time in ns: a changed file is another one.
     """
 
     path: str
     stamp: tuple[int, int]
+    what: ClassVar[str] = "adapter"
 
     @classmethod
-    def of(cls, path: str | Path) -> LoraFile:
+    def of(cls: type[File], path: str | Path) -> File:
         """Describe the file at `path` now.
 
         Raises:
@@ -76,7 +79,7 @@ class LoraFile:
         """
         path = Path(path).absolute()
         if not path.is_file():
-            raise InvalidInput(f"no LoRA file at {path}; choose one that exists.")
+            raise InvalidInput(f"no {cls.what} file at {path}; choose one that exists.")
         stat = path.stat()
         return cls(str(path), (stat.st_size, stat.st_mtime_ns))
 
@@ -87,7 +90,7 @@ class LoraFile:
 
     def check(self) -> None:
         """Raise InvalidInput if it is no longer the file it was."""
-        if LoraFile.of(self.path) != self:
+        if type(self).of(self.path) != self:
             raise InvalidInput(
                 f"{self.path} was changed after the node that loads it had run; run the workflow again."
             )
@@ -132,3 +135,17 @@ class ControlNet:
             raise InvalidInput(
                 f"{self.path} was changed after the node that loads it had run; run the workflow again."
             )
+
+
+@dataclass(frozen=True)
+class LoraFile(AdapterFile):
+    """A LoRA."""
+
+    what: ClassVar[str] = "LoRA"
+
+
+@dataclass(frozen=True)
+class IPAdapterFile(AdapterFile):
+    """An IP-Adapter: what makes a picture a prompt."""
+
+    what: ClassVar[str] = "IP-Adapter"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from comfy_xdit.errors import InvalidInput
+from comfy_xdit.messages import ImagePrompt
 
 if TYPE_CHECKING:
     from worker.controlnets import NetCall
@@ -19,11 +20,25 @@ Rows = slice | list[int]
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Image prompts of one call; rows that are True in `negative` (B,) see zeros instead."""
+
+    prompts: tuple[ImagePrompt, ...]
+    negative: torch.Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[ImagePrompt], negative: torch.Tensor) -> Pictures | None:
+        """None where there are no prompts."""
+        return cls(tuple(prompts), negative) if prompts else None
+
+
+@dataclass(frozen=True)
 class Batch:
     """ComfyUI's arguments of one call (see `messages.Denoise`).
 
     Prompts of different length come as one context, padded behind, with their true lengths (B,) in
-    the condition `context_lengths`. `nets` are the ControlNets that run beside the transformer.
+    the condition `context_lengths`. `nets` are the ControlNets that run beside the transformer, `pictures`
+    those that prompt it.
     """
 
     x: torch.Tensor
@@ -31,6 +46,7 @@ class Batch:
     conditions: dict[str, Any]
     control: dict[str, list[torch.Tensor | None]] | None = None
     nets: tuple[NetCall, ...] = ()
+    pictures: Pictures | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -47,7 +63,8 @@ class Batch:
             return [cut(part) for part in value] if isinstance(value, list) else value
 
         nets = tuple(replace(net, hint=cut(net.hint)) for net in self.nets)
-        return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control), nets)
+        pictures = self.pictures and replace(self.pictures, negative=self.pictures.negative[rows])
+        return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control), nets, pictures)
 
     @property
     def calls(self) -> int:

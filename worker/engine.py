@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -15,12 +15,14 @@ from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import (
     AppliedControlNet,
     Check,
+    CheckIPAdapter,
     CheckLora,
     Decode,
     Denoise,
     Encode,
     EncodeText,
     Forget,
+    ImagePrompt,
     Keep,
     Known,
     Load,
@@ -28,7 +30,7 @@ from comfy_xdit.messages import (
     Status,
 )
 from comfy_xdit.spec import ControlNet, ModelSpec
-from worker.batch import Batch
+from worker.batch import Batch, Pictures
 from worker.controlnets import FittedControlNet, NetCall, NetSpec
 from worker.loop import Run
 from worker.parallel import Degrees, RankGroups
@@ -59,6 +61,7 @@ class Engine:
             Load: self.load,
             Check: self.check,
             CheckLora: self.check_lora,
+            CheckIPAdapter: self.check_ip_adapter,
             Denoise: self.denoise,
             Sample: self.sample,
             EncodeText: self.encode_text,
@@ -98,6 +101,11 @@ class Engine:
         opened = self._models.get(message.spec) or self._open(message.spec, self._groups.degrees)
         return opened.loras.check(message.file)
 
+    def check_ip_adapter(self, message: CheckIPAdapter, _run: Run) -> dict[str, Any]:
+        """What an IP-Adapter file would add; the model's header is enough where it is not loaded."""
+        opened = self._models.get(message.spec) or self._open(message.spec, self._groups.degrees)
+        return opened.ip_adapters.check(message.file, message.shapes)
+
     def denoise(self, message: Denoise, _run: Run) -> torch.Tensor | None:
         """One transformer call; the output goes to the host from rank 0 only."""
         self._patches.take(message.patches)
@@ -108,8 +116,12 @@ class Engine:
         transformer = self._require(message.spec)
         nets = self._nets(applied, message.spec, transformer)
         conditions = transformer.check(message.x, conditions, message.control, nets)
+        prompts = tuple(replace(p, embeds=self._resolve(p.embeds)) for p in message.image_prompts)
+        self._have_ip_adapters(message.spec, transformer, prompts)
         transformer.patch(message.patches.name, self._patches)
-        batch = Batch(message.x, message.timestep, conditions, message.control, nets)
+        negative = torch.tensor(message.negative or [False] * len(message.x), device=message.x.device)
+        pictures = Pictures.of(prompts, negative)
+        batch = Batch(message.x, message.timestep, conditions, message.control, nets, pictures)
         output = transformer.predict_batch(batch)
         return output if self._groups.rank == 0 else None
 
@@ -119,6 +131,7 @@ class Engine:
         transformer = self._require(message.spec)
         sides = (message.negative_nets, message.positive_nets)
         nets = [self._nets(applied, message.spec, transformer) for applied in sides]
+        self._have_ip_adapters(message.spec, transformer, message.image_prompts)
         self._patch(transformer, message.patches.name)
         latent = sample(message, transformer, self._groups, run, *nets)
         return latent if self._groups.rank == 0 else None
@@ -150,6 +163,18 @@ class Engine:
             "patches": self._patches.nbytes,
         }
         return self.report() | self._models.report() | kept | _memory(self._groups.device)
+
+    def _have_ip_adapters(
+        self, spec: ModelSpec, transformer: Transformer, prompts: Sequence[ImagePrompt]
+    ) -> None:
+        """Have the adapters of `prompts` in memory. Those of other runs stay while there is room."""
+        adapters, files = transformer.ip_adapters, {prompt.file for prompt in prompts}
+        for prompt in prompts:
+            adapters.check_embeds(prompt.file, tuple(prompt.embeds.shape))
+        missing = adapters.missing_bytes(files)
+        if missing and not self._models.make_room(missing, keep=spec):
+            adapters.drop_all_but(files)
+        adapters.load(files)
 
     def _patch(self, transformer: Transformer, name: str) -> None:
         """Patch the weights of every stage, or none goes on: a patch may fit some stages only."""

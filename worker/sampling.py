@@ -8,7 +8,7 @@ import torch
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Sample
-from worker.batch import Batch, join
+from worker.batch import Batch, Pictures, join
 from worker.controlnets import NetCall, same_nets
 from worker.guidance import Guidance
 from worker.loop import Run
@@ -69,14 +69,19 @@ def _whole(
     guidance = Guidance.of(request)
     sampler = Sampler(request.sampler, guidance.noised(request.sigmas[0]), request.sigmas)
     steps = len(request.sigmas) - 1
+    # The negative side comes first, where there are two.
+    sides = torch.arange(guidance.sides, 0, -1, device=request.latent.device)
+    negatives = (sides.repeat_interleave(len(request.latent)) == 2).chunk(len(batches))
     while (asked := sampler.wanted) is not None:
         x = guidance.before(asked.x, asked.sigma)
         rows = torch.cat([x] * (guidance.sides // len(batches)))
         timestep = (asked.sigma * request.multiplier).expand(rows.shape[0])
+        prompts = [prompt for prompt in request.image_prompts if prompt.acts(float(asked.sigma))]
         outputs = []
-        for given, nets in batches:
+        for (given, nets), negative in zip(batches, negatives, strict=True):
             acting = tuple(net for net in nets if net.acts_at(asked.sigma))
-            outputs.append(transformer.predict_batch(Batch(rows, timestep, given, nets=acting)))
+            pictures = Pictures.of(prompts, negative)
+            outputs.append(transformer.predict_batch(Batch(rows, timestep, given, None, acting, pictures)))
         sampler.advance(guidance.after(x, asked.sigma, torch.cat(outputs)))
         if sampler.wanted is None or sampler.wanted.step > asked.step:
             shown = sampler.denoised if request.previews and groups.rank == 0 else None

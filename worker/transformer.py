@@ -16,6 +16,7 @@ from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, check_complete, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals
 from worker.controlnets import NetCall, summed
+from worker.ip_adapters import IPAdapters
 from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import PATCH, ModelFamily, to_whole_patches
@@ -49,6 +50,7 @@ class Transformer:
             self.module = self.family.build(self.config)
         check_complete(self.module, self._mapping, checkpoint, spec.path)
         self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
+        self.ip_adapters = IPAdapters(self.family, self.config, self.dtype, groups.device)
         self._parameters = sum(p.numel() for p in self.module.parameters())
         self.stage: Stage | None = None
         if degrees.stages > 1:
@@ -63,11 +65,11 @@ class Transformer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this rank's weights once they are read."""
+        """Bytes of this rank's weights once they are read, and of IP-Adapters that were."""
         shards = self._shards
         whole = {n: p for n, p in self.module.named_parameters() if not (shards and n in shards.places)}
         own = sum(p.numel() for p in whole.values()) * self.dtype.itemsize
-        return own + (shards.nbytes if shards else 0)
+        return own + (shards.nbytes if shards else 0) + self.ip_adapters.nbytes
 
     def load(self) -> None:
         """Read the weights. Everything that can be wrong with the file was checked before."""
@@ -91,6 +93,7 @@ class Transformer:
             self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
         own = self._tokens.own_image if self._tokens else lambda tokens: tokens
         self._control = ControlResiduals(self.module, self.family.control, own)
+        self.ip_adapters.attach(self.module, spread=self._tokens is not None)
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written.
@@ -124,31 +127,28 @@ class Transformer:
             },
         }
 
-    def predict(
-        self,
-        x: torch.Tensor,
-        timestep: torch.Tensor,
-        conditions: dict[str, Any],
-        control: Residuals | None = None,
-        nets: Sequence[NetCall] = (),
-    ) -> torch.Tensor:
-        """The transformer's output for (B, C, H, W), in x's dtype. All sequence ranks call it alike."""
-        height, width = x.shape[-2:]
-        padded = to_whole_patches(x.to(self.dtype))
-        call = self.family.call(self.config, padded, timestep, conditions)
+    def _predict(self, batch: Batch) -> torch.Tensor:
+        """The transformer's output, (B, C, H, W) in the dtype of x. All sequence ranks call it alike."""
+        height, width = batch.x.shape[-2:]
+        padded = to_whole_patches(batch.x.to(self.dtype))
+        call = self.family.call(self.config, padded, batch.timestep, batch.conditions)
         spread_tokens = (
             self._tokens.tokens(call.image_tokens, call.text_tokens) if self._tokens else nullcontext()
         )
-        parts, whole = self._net_residuals(nets, padded, timestep, conditions, call.image_tokens)
-        with spread_tokens, self._control.of([control, whole], parts):
+        parts, whole = self._net_residuals(batch, padded, call.image_tokens)
+        with (
+            spread_tokens,
+            self._control.of([batch.control, whole], parts),
+            self.ip_adapters.of(batch.pictures, batch.timestep),
+        ):
             (sample,) = self.module(**call.kwargs, return_dict=False)
-        return self.family.output(self.config, sample, padded)[..., :height, :width].to(x.dtype)
+        return self.family.output(self.config, sample, padded)[..., :height, :width].to(batch.x.dtype)
 
     def predict_batch(self, batch: Batch) -> torch.Tensor:
-        """As `predict`, with the rows of the batch spread over the branches, as evenly as they go.
+        """The transformer's output, shaped like x.
 
-        With fewer rows than branches some have none; a batch of one row is computed by all, which
-        costs no time and no exchange.
+        The rows of the batch are spread over the branches, as evenly as they go. With fewer rows than
+        branches some have none; a batch of one row is computed by all, which costs no time and no exchange.
         """
         shard = self._groups.rows(len(batch))
         if shard is None:
@@ -179,12 +179,12 @@ class Transformer:
             self._shards.gather_unused()
 
     def _predict_by_length(self, batch: Batch) -> torch.Tensor:
-        """As `predict`, prompt lengths apart: padding would be attended to."""
+        """Prompt lengths apart: padding would be attended to."""
         order: list[int] = []
         outputs = []
         for rows, group in batch.by_length():
             order += rows
-            outputs.append(self.predict(group.x, group.timestep, group.conditions, group.control, group.nets))
+            outputs.append(self._predict(group))
         if len(outputs) == 1:
             return outputs[0]
         return torch.cat(outputs)[torch.tensor(order).argsort()]
@@ -219,22 +219,17 @@ class Transformer:
             net.net.check(x, net)
         return conditions | lengths
 
-    def _net_residuals(
-        self,
-        nets: Sequence[NetCall],
-        x: torch.Tensor,
-        timestep: torch.Tensor,
-        conditions: dict[str, Any],
-        tokens: int,
-    ) -> tuple[Residuals, Residuals]:
+    def _net_residuals(self, batch: Batch, x: torch.Tensor, tokens: int) -> tuple[Residuals, Residuals]:
         """What ControlNets in the ranks add to this rank's image tokens, and what they add to all."""
-        if not nets:
+        if not batch.nets:
             return {}, {}
-        residuals = summed([net.net.residuals(x, timestep, conditions, net) for net in nets])
+        residuals = summed(
+            [net.net.residuals(x, batch.timestep, batch.conditions, net) for net in batch.nets]
+        )
         if self._tokens is None or tokens == x.shape[-2] * x.shape[-1] // PATCH**2:
             return residuals, {}
         # Reference latents follow the picture, and other ranks have other parts of it than of its hint.
-        return {}, nets[0].net.whole(residuals)
+        return {}, batch.nets[0].net.whole(residuals)
 
     def _config(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         try:

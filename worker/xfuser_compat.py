@@ -169,3 +169,36 @@ class ImageAttnProcessor:
             query, key = attn.norm_q(query), attn.norm_k(key)
         output = USP(query, key, value, attn_layer=attn).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](output.to(hidden_states.dtype)))
+
+
+def image_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    more_key: torch.Tensor,
+    more_value: torch.Tensor,
+) -> torch.Tensor:
+    """USP of image tokens that also attend to keys which every rank has whole.
+
+    Args:
+        query, key, value: (B, heads, tokens, width) of this rank's image tokens.
+        more_key, more_value: (B, heads, more, width), the same on every rank.
+
+    Returns:
+        (B, heads, tokens, width).
+    """
+    from xfuser.core.distributed import get_ulysses_parallel_rank, get_ulysses_parallel_world_size
+    from xfuser.model_executor.layers.usp import USP
+
+    rank, ranks = get_ulysses_parallel_rank(), get_ulysses_parallel_world_size()
+    more = [tensor.chunk(ranks, dim=1)[rank] for tensor in (more_key, more_value)]
+    true_keys = _selection[-1]
+
+    def select(key: torch.Tensor, value: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = true_keys(key, value, block)
+        if block > 0:  # once: a ring adds up its blocks
+            return key, value
+        return torch.cat([key, more[0]], dim=2), torch.cat([value, more[1]], dim=2)
+
+    with keys_selected(select):
+        return USP(query, key, value)

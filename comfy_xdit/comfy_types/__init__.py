@@ -4,7 +4,8 @@
 whichever surroundings it finds. The shared names: begin, self_check, model_of, clip_of, vae_of, remote_of,
 sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
 diffusion_models, diffusion_model_path, loras, lora_path, with_file, pipelines, pipeline_path, vaes,
-vae_path, decode_latent, control_nets, control_net_path, control_net_of, apply_control_net.
+vae_path, decode_latent, control_nets, control_net_path, control_net_of, apply_control_net, ip_adapters,
+ip_adapter_path, with_picture.
 """
 
 from comfy_xdit.comfy_types.beginning import begin, self_check
@@ -15,6 +16,8 @@ from comfy_xdit.comfy_types.files import (
     control_nets,
     diffusion_model_path,
     diffusion_models,
+    ip_adapter_path,
+    ip_adapters,
     lora_path,
     loras,
     pipeline_path,
@@ -23,7 +26,7 @@ from comfy_xdit.comfy_types.files import (
     vaes,
 )
 from comfy_xdit.comfy_types.interruption import interrupted, raise_if_interrupted
-from comfy_xdit.comfy_types.model import model_of, remote_of, with_file
+from comfy_xdit.comfy_types.model import model_of, remote_of, with_file, with_picture
 from comfy_xdit.comfy_types.sampling import progress, sample_request, samplers, schedulers
 from comfy_xdit.comfy_types.vae import decode_latent, vae_of
 
@@ -38,6 +41,8 @@ __all__ = [
     "diffusion_model_path",
     "diffusion_models",
     "interrupted",
+    "ip_adapter_path",
+    "ip_adapters",
     "lora_path",
     "loras",
     "model_of",
@@ -54,4 +59,5 @@ __all__ = [
     "vae_path",
     "vaes",
     "with_file",
+    "with_picture",
 ]

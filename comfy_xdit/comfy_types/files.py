@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import folder_paths
 
@@ -16,6 +18,8 @@ DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.s
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 INDEX = "model_index.json"
 CONFIG = "config.json"
+IP_ADAPTERS = "ipadapter"
+NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
 def diffusion_models() -> list[str]:
@@ -24,15 +28,8 @@ def diffusion_models() -> list[str]:
 
 
 def diffusion_model_path(name: str) -> Path:
-    """The file behind a name of `diffusion_models`.
-
-    Raises:
-        InvalidInput: there is none.
-    """
-    path = DEMO_DIFFUSION_MODELS.get(name) or folder_paths.get_full_path("diffusion_models", name)
-    if path is None or not os.path.isfile(path):
-        raise InvalidInput(f"no diffusion model {name!r}; put it into models/diffusion_models and press R.")
-    return Path(path)
+    """The file behind a name of `diffusion_models`. Raises InvalidInput if there is none."""
+    return _path("diffusion model", "diffusion_models", name, DEMO_DIFFUSION_MODELS)
 
 
 def loras() -> list[str]:
@@ -41,15 +38,8 @@ def loras() -> list[str]:
 
 
 def lora_path(name: str) -> Path:
-    """The file behind a name of `loras`.
-
-    Raises:
-        InvalidInput: there is none.
-    """
-    path = folder_paths.get_full_path("loras", name)
-    if path is None or not os.path.isfile(path):
-        raise InvalidInput(f"no LoRA {name!r}; put it into models/loras and press R.")
-    return Path(path)
+    """The file behind a name of `loras`. Raises InvalidInput if there is none."""
+    return _path("LoRA", "loras", name)
 
 
 def control_nets() -> list[str]:
@@ -63,16 +53,33 @@ def control_nets() -> list[str]:
 
 
 def control_net_path(name: str) -> Path:
-    """The file or folder behind a name of `control_nets`.
+    """The file or folder behind a name of `control_nets`. Raises InvalidInput if there is none."""
+    for root in folder_paths.get_folder_paths("controlnet"):
+        if (folder := Path(root) / name) != Path(root) and (folder / CONFIG).is_file():
+            return folder
+    return _path("ControlNet", "controlnet", name)
 
-    Raises:
-        InvalidInput: there is none.
-    """
-    folders = (Path(root) / name for root in folder_paths.get_folder_paths("controlnet"))
-    path = folder_paths.get_full_path("controlnet", name) or next(filter(Path.is_dir, folders), None)
-    if path is None or not os.path.exists(path):
-        raise InvalidInput(f"no ControlNet {name!r}; put it into models/controlnet and press R.")
-    return Path(path)
+
+def ip_adapters() -> list[str]:
+    """Names for a widget: the files in models/ipadapter, a folder that ComfyUI itself does not know."""
+    _know_ip_adapters()
+    return folder_paths.get_filename_list(IP_ADAPTERS)
+
+
+def ip_adapter_path(name: str) -> Path:
+    """The file behind a name of `ip_adapters`. Raises InvalidInput if there is none."""
+    _know_ip_adapters()
+    return _path("IP-Adapter", IP_ADAPTERS, name)
+
+
+def _know_ip_adapters() -> None:
+    """Register the folder, unless another pack or extra_model_paths.yaml has."""
+    if IP_ADAPTERS not in folder_paths.folder_names_and_paths:
+        folder = os.path.join(folder_paths.models_dir, IP_ADAPTERS)
+        folder_paths.folder_names_and_paths[IP_ADAPTERS] = (
+            [folder],
+            set(folder_paths.supported_pt_extensions),
+        )
 
 
 def pipelines() -> list[str]:
@@ -104,14 +111,15 @@ def vaes() -> list[str]:
 
 
 def vae_path(name: str) -> Path:
-    """The file or folder behind a name of `vaes`.
+    """The file or folder behind a name of `vaes`. Raises InvalidInput if there is none."""
+    return _path("VAE", "vae", name, DEMO_VAES)
 
-    Raises:
-        InvalidInput: there is none.
-    """
-    path = DEMO_VAES.get(name) or folder_paths.get_full_path("vae", name)
+
+def _path(what: str, kind: str, name: str, others: Mapping[str, Path] = NOTHING) -> Path:
+    """Where a file is that ComfyUI lists in models/`kind`, or one of `others`, which come first."""
+    path = others.get(name) or folder_paths.get_full_path(kind, name)
     if path is None or not os.path.exists(path):
-        raise InvalidInput(f"no VAE {name!r}; put it into models/vae and press R.")
+        raise InvalidInput(f"no {what} {name!r}; put it into models/{kind} and press R.")
     return Path(path)
 
 

@@ -16,13 +16,16 @@ from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import AppliedControlNet
+from comfy_xdit.ip_adapter import PicturePrompt, at_sigmas, negative_rows
+from comfy_xdit.messages import AppliedControlNet, ImagePrompt
 from comfy_xdit.remote import Remote, RemoteModel
 from comfy_xdit.spec import LoraFile
 
+PICTURES = "xdit_pictures"  # in transformer_options: a tuple of PicturePrompt
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
 # around the transformer's call, on the host, where it is.
 HOST_OPTIONS = {
+    PICTURES,
     "callbacks",
     "cond_or_uncond",
     "context_window",
@@ -48,7 +51,7 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     twin = build_twin(remote.spec.path, compute_dtype(remote))
     setattr(twin, HANDLE, remote)
     pair_prompts(twin)
-    _send_calls_to(remote, twin.diffusion_model)
+    _send_calls_to(remote, twin)
     management = comfy.model_management
     return RemotePatcher(twin, management.get_torch_device(), management.unet_offload_device())
 
@@ -74,6 +77,20 @@ def remote_of(thing: Any) -> Remote:
 def with_file(model: RemotePatcher, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
     """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
     return model.with_file(file, weights, strength)
+
+
+def with_picture(model: RemotePatcher, prompt: PicturePrompt) -> RemotePatcher:
+    """A MODEL that is prompted by one more picture."""
+    other = model.clone()
+    options = other.model_options["transformer_options"]
+    options[PICTURES] = (*options.get(PICTURES, ()), prompt)
+    return other
+
+
+def pictures_of(model: RemotePatcher) -> tuple[ImagePrompt, ...]:
+    """The pictures of a MODEL, with the noise levels at which they count."""
+    prompts = model.model_options["transformer_options"].get(PICTURES, ())
+    return at_sigmas(prompts, model.get_model_object("model_sampling").percent_to_sigma)
 
 
 def compute_dtype(remote: RemoteModel) -> torch.dtype:
@@ -114,13 +131,14 @@ def _says_something(value: Any) -> bool:
     )
 
 
-def _send_calls_to(remote: RemoteModel, transformer: torch.nn.Module) -> None:
-    """Replace the innermost method of `transformer`, so that ComfyUI's wrappers around it stay."""
+def _send_calls_to(remote: RemoteModel, twin: Any) -> None:
+    """Replace the innermost method of the transformer, so that ComfyUI's wrappers around it stay."""
+    transformer = twin.diffusion_model
     name = "_forward" if hasattr(transformer, "_forward") else "forward"
     signature = inspect.signature(getattr(transformer, name))
 
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-        given = _arguments(signature, args, kwargs)
+        given = _arguments(signature, args, kwargs, twin)
         raise_if_interrupted()
         with interruptible():
             out = remote.denoise(**given._asdict(), interrupted=interrupted)
@@ -138,9 +156,13 @@ class _Arguments(NamedTuple):
     conditions: dict[str, Any]
     control: dict[str, list[torch.Tensor | None]] | None
     nets: tuple[AppliedControlNet, ...]
+    image_prompts: tuple[ImagePrompt, ...]
+    negative: list[bool]
 
 
-def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+def _arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], twin: Any
+) -> _Arguments:
     """The arguments of one call, under the names the transformer's class gives them.
 
     Raises:
@@ -151,9 +173,9 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(parameter.name, {})
     x, timestep = (given.pop(name) for name in list(signature.parameters)[:2])
-    options = dict(given.pop("transformer_options", None) or {})
-    nets = tuple(options.pop(NETS, ()))
-    options = rank_options(options)
+    all_options = given.pop("transformer_options", None) or {}
+    nets = tuple(all_options.get(NETS, ()))
+    options = rank_options({name: value for name, value in all_options.items() if name != NETS})
     control = residuals(given.pop("control", None))
     if not isinstance(x, torch.Tensor):
         raise InvalidInput(
@@ -166,4 +188,18 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
             "a ControlNet was given prompts of different length in one batch, which it cannot tell from "
             "padding. Apply the ControlNet to positive and negative with 'Apply ControlNet' (advanced)."
         )
-    return _Arguments(x, timestep, conditions, control, nets)
+    return _Arguments(x, timestep, conditions, control, nets, *_pictures(all_options, x, timestep, twin))
+
+
+def _pictures(
+    options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, twin: Any
+) -> tuple[tuple[ImagePrompt, ...], list[bool]]:
+    """The pictures that count in this call, and which rows do not see them."""
+    if not options.get(PICTURES):
+        return (), []
+    sampling = twin.model_sampling  # of the run: a node may have changed it
+    sigmas = options.get("sigmas")
+    sigma = float((sampling.sigma(timestep) if sigmas is None else sigmas).flatten()[0])
+    prompts = at_sigmas(options[PICTURES], sampling.percent_to_sigma)
+    negative = negative_rows(options.get("cond_or_uncond") or [0], x.shape[0])
+    return tuple(prompt for prompt in prompts if prompt.acts(sigma)), negative

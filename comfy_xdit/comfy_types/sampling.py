@@ -17,7 +17,7 @@ import latent_preview
 import torch
 
 from comfy_xdit.comfy_types.control_net import nets_of_run, runs_in_ranks
-from comfy_xdit.comfy_types.model import rank_options, remote_of
+from comfy_xdit.comfy_types.model import pictures_of, rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import AppliedControlNet, Progress, Sample
@@ -108,6 +108,7 @@ def sample_request(
         patches=model.weight_patches(),
         positive_nets=positive_nets,
         negative_nets=negative_nets,
+        image_prompts=pictures_of(model),
     )
     return request, lambda answer: _finish(model, answer)
 

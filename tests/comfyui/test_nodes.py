@@ -17,6 +17,8 @@ NODES = {
     "XDiTLoraLoader": ("MODEL",),
     "XDiTControlNetLoader": ("CONTROL_NET",),
     "XDiTControlNetApply": ("CONDITIONING",),
+    "XDiTIPAdapterLoader": ("XDIT_IP_ADAPTER",),
+    "XDiTIPAdapterApply": ("MODEL",),
     "XDiTSampler": ("LATENT",),
     "XDiTVAEDecode": ("IMAGE",),
     "XDiTStatus": ("STRING",),

@@ -12,6 +12,7 @@ from torch import nn
 
 from comfy_xdit.errors import InvalidInput
 from worker.checkpoints import Shapes, Source
+from worker.models.ip_adapter import IPAdapter
 from worker.parallel import TokenLayout
 
 PATCH = 2  # latent pixels per side of a token, of every family here
@@ -86,6 +87,7 @@ class ModelFamily(ABC):
     guided: bool = True  # by a second, negative prompt; False where guidance is distilled into the model
     # Which blocks ComfyUI adds each list of ControlNet residuals after.
     control: dict[str, str]
+    ip_adapter: type[IPAdapter] | None = None  # how pictures prompt this family, where they can
     # Keyword arguments of ComfyUI's transformer that the family takes; any other is refused.
     conditions: frozenset[str]
 

@@ -27,6 +27,7 @@ from worker.models.base import (
     whole,
 )
 from worker.models.flux_hooks import ExactTime
+from worker.models.flux_ip_adapter import FluxIPAdapter
 from worker.models.flux_tokens import picture_ids, reference_tokens
 from worker.parallel import TokenLayout
 
@@ -67,6 +68,7 @@ class Flux(ModelFamily):
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
     guided = False
     control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}
+    ip_adapter = FluxIPAdapter
     conditions = frozenset({"context", "y", "guidance", "ref_latents", "ref_latents_method", "rope_options"})
 
     def detect(self, shapes: Shapes) -> bool:

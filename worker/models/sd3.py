@@ -25,6 +25,7 @@ from worker.models.base import (
     swapped,
     whole,
 )
+from worker.models.sd3_ip_adapter import SD3IPAdapter
 from worker.parallel import TokenLayout
 
 HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a q/k norm
@@ -56,6 +57,7 @@ class SD3(ModelFamily):
     parts = SD3Parts()
     latent_format = LatentFormat(scale_factor=1.5305, shift_factor=0.0609)
     control: ClassVar = {"output": "transformer_blocks"}
+    ip_adapter = SD3IPAdapter
     conditions = frozenset({"context", "y"})
 
     def detect(self, shapes: Shapes) -> bool:
