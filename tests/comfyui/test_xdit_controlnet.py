@@ -164,6 +164,23 @@ def test_on_one_side_and_one_hint_per_picture(run_node, models, node):
     assert relative_l2(sampled(run_node, models.ours, (ours[0], plain[1]), node, batch=2), expected) <= SAME
 
 
+def test_in_an_area_and_everywhere_else(run_node, models, calls):
+    """The hint is scaled to what is drawn: the whole picture, and a part of it."""
+
+    def positive(apply):
+        everywhere, part = (apply(run_node, models, (side,) * 2)[0] for side in prompts(models))
+        (part,) = run_node(
+            "ConditioningSetArea", conditioning=part, width=64, height=80, x=16, y=8, strength=0.9
+        )
+        return [*everywhere, *part]
+
+    negative = prompts(models)[1]
+    expected = sampled(run_node, models.stock, (positive(by_stock), negative))
+
+    assert relative_l2(sampled(run_node, models.ours, (positive(by_ours), negative)), expected) <= SAME
+    assert sum(call.hints for call in calls) == 2
+
+
 def test_with_a_stock_one_before_or_behind(run_node, models):
     plain, other = prompts(models), picture(40, 40)
     stock = by_stock(run_node, models, by_stock(run_node, models, plain), image=other, strength=0.5)
