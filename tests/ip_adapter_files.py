@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.loaders import FluxIPAdapterMixin, SD3IPAdapterMixin
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from safetensors.torch import save_file
 
@@ -92,6 +91,8 @@ def embeds_of(model: tiny.TinyModel, output: SimpleNamespace) -> torch.Tensor:
 
 def reference(model: tiny.TinyModel, files: Sequence[Path], weights: Sequence[float]) -> torch.nn.Module:
     """Plain diffusers with the adapters, loaded from the files by diffusers' own loader."""
+    from diffusers.loaders import FluxIPAdapterMixin, SD3IPAdapterMixin
+
     module = tiny.build(model.family, model.config)
     if isinstance(model.family, Flux):
         pipeline = type("Pipeline", (FluxIPAdapterMixin,), {"transformer": module})()
