@@ -12,14 +12,14 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.counted import COUNTS
 from comfy_xdit.group import WorkerGroup
-from comfy_xdit.messages import Sample
+from comfy_xdit.messages import ImagePrompt, Sample
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.spec import ModelSpec
 from tests import tiny
@@ -58,24 +58,27 @@ LAYOUTS = {
 }
 
 
-def per_step(file: Path, parallel: ParallelConfig) -> float:
+def per_step(file: Path, parallel: ParallelConfig, pictures: tuple[ImagePrompt, ...] = ()) -> float:
     """Bytes the busiest rank sends in a step: the difference of two runs, without what happens once."""
     with tempfile.TemporaryDirectory() as counts:
         os.environ[COUNTS] = counts
         group = WorkerGroup(parallel, program="benchmarks.counted")
         try:
-            few, many = (_run(group, file, steps, Path(counts)) for steps in (WARMUP + 1, STEPS))
+            few, many = (_run(group, file, steps, Path(counts), pictures) for steps in (WARMUP + 1, STEPS))
         finally:
             group.close()
     return max(b - a for a, b in zip(few, many, strict=True)) / (STEPS - WARMUP - 1)
 
 
-def _run(group: WorkerGroup, file: Path, steps: int, counts: Path) -> list[int]:
+def _run(
+    group: WorkerGroup, file: Path, steps: int, counts: Path, pictures: tuple[ImagePrompt, ...]
+) -> list[int]:
     noise = torch.randn(1, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     given = tiny.conditions(Flux(), CONFIG, TEXT)
     sigmas = torch.linspace(1.0, 0.0, steps + 1)
     spec = ModelSpec.of(file, "transformer")
-    group.call(Sample(spec, "euler", sigmas, torch.zeros_like(noise), noise, 1.0, given, None, 1.0))
+    plain = Sample(spec, "euler", sigmas, torch.zeros_like(noise), noise, 1.0, given, None, 1.0)
+    group.call(replace(plain, image_prompts=pictures))
     ranks = range(group.parallel.world_size)
     return [sum(json.loads((counts / f"{rank}.json").read_text()).values()) for rank in ranks]
 

@@ -48,7 +48,7 @@ def at_sigmas(
     return tuple(prompt.at(sigma_of) for prompt in prompts)
 
 
-def negative_rows(indices: Sequence[int], rows: int) -> list[bool]:
+def negative_rows(indices: Sequence[int] | None, rows: int) -> list[bool]:
     """Which rows of a call are of the negative prompt.
 
     Args:
@@ -56,15 +56,21 @@ def negative_rows(indices: Sequence[int], rows: int) -> list[bool]:
             an equal part of the rows.
 
     Raises:
-        InvalidInput: a guider with further prompts, of which nobody says whether they see the picture.
+        InvalidInput: they are not told, or a guider has further prompts, of which nobody says whether they
+            see the picture.
     """
+    if not indices or rows % len(indices):
+        raise InvalidInput(
+            f"a node calls the transformer with {rows} rows and does not say which of them are of the "
+            f"negative prompt (cond_or_uncond is {indices}), which an IP-Adapter has to know. Remove that "
+            "node, or 'xDiT IP-Adapter Apply'."
+        )
     if any(index > 1 for index in indices):
         raise InvalidInput(
             f"the guider uses {max(indices) + 1} prompts, and an IP-Adapter knows a positive and a negative "
             "one only; use CFGGuider, BasicGuider or KSampler, or remove the 'xDiT IP-Adapter Apply' node."
         )
-    each = rows // max(len(indices), 1)
-    return [index == 1 for index in indices for _ in range(each)]
+    return [index == 1 for index in indices for _ in range(rows // len(indices))]
 
 
 def check_files(prompts: Sequence[ImagePrompt]) -> None:

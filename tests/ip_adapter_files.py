@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.loaders import FluxIPAdapterMixin, SD3IPAdapterMixin
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from safetensors.torch import save_file
 
@@ -90,9 +89,16 @@ def embeds_of(model: tiny.TinyModel, output: SimpleNamespace) -> torch.Tensor:
     return output.image_embeds if flux else output.penultimate_hidden_states
 
 
-def reference(model: tiny.TinyModel, files: Sequence[Path], weights: Sequence[float]) -> torch.nn.Module:
+def reference(
+    model: tiny.TinyModel,
+    files: Sequence[Path],
+    weights: Sequence[float],
+    module: torch.nn.Module | None = None,
+) -> torch.nn.Module:
     """Plain diffusers with the adapters, loaded from the files by diffusers' own loader."""
-    module = tiny.build(model.family, model.config)
+    from diffusers.loaders import FluxIPAdapterMixin, SD3IPAdapterMixin
+
+    module = tiny.build(model.family, model.config) if module is None else module
     if isinstance(model.family, Flux):
         pipeline = type("Pipeline", (FluxIPAdapterMixin,), {"transformer": module})()
         pipeline.load_ip_adapter(
@@ -118,6 +124,7 @@ def call(
     given: dict[str, Any],
     embeds: Sequence[torch.Tensor],
     negative: Sequence[bool] = (),
+    **residuals: Any,
 ) -> torch.Tensor:
     """`reference` on ComfyUI's arguments; rows of the negative prompt see zeros. `x` has whole patches."""
     asked = model.family.call(dict(module.config), x, timestep, given)
@@ -126,7 +133,10 @@ def call(
     pictures = rows if isinstance(model.family, Flux) else rows[0].squeeze(1)
     with torch.no_grad():
         (sample,) = module(
-            **asked.kwargs, joint_attention_kwargs={"ip_adapter_image_embeds": pictures}, return_dict=False
+            **asked.kwargs,
+            **residuals,
+            joint_attention_kwargs={"ip_adapter_image_embeds": pictures},
+            return_dict=False,
         )
     return model.family.output(dict(module.config), sample, x)
 

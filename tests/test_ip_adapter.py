@@ -6,20 +6,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.parity import LAYOUTS, PER_CALL, PER_RUN, multiplier
 from comfy_xdit import headless
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.group import worker_group
 from comfy_xdit.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter, negative_rows
+from comfy_xdit.lora import add_lora
 from comfy_xdit.messages import Forget, ImagePrompt, Keep, Known, Status
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.remote import RemoteModel
 from comfy_xdit.schedulers import Sampling
-from comfy_xdit.spec import ModelSpec
-from tests import ip_adapter_files, tiny
+from comfy_xdit.spec import IPAdapterFile, ModelSpec
+from tests import ip_adapter_files, lora_files, tiny
 from tests.ip_adapter_files import call, embeds_of, encoded, reference, write
 from tests.pipefusion_runs import request as run_request
+from worker.models.flux import Flux
+from worker.store import BUDGET
 
 # 33 tokens: two ranks have 17 and 16; four have 9, 8, 8 and 8.
 HEIGHT, WIDTH = 6, 22
@@ -120,6 +124,27 @@ def test_prompts_of_several_lengths_in_one_call(model, layout, tmp_path):
     assert tiny.relative_l2(actual, torch.cat(rows)) <= PER_CALL
 
 
+def test_with_a_lora_and_controlnet_residuals(model, layout, tmp_path):
+    asked, output = inputs(model), encoded(model)
+    file = write(model, 1, tmp_path / "adapter.safetensors")
+    tensors, change = lora_files.write(model, lora_files.NAMINGS["kohya"], 1)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "lora.safetensors")
+    module = reference(model, [file], [0.8], lora_files.merged(model, (change, 0.7)))
+    seen = [embeds_of(model, output)]
+    width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
+    residual = torch.randn(2, HEIGHT * WIDTH // 4, width, generator=torch.Generator().manual_seed(4))
+    flux = model.family.name == "flux"
+    theirs = {"controlnet_block_samples" if flux else "block_controlnet_hidden_states": [residual]}
+    many = {"input" if flux else "output": [residual] * (model.config["num_layers"] - (not flux))}
+    expected = call(model, module, *asked, seen, (True, False), **theirs)
+
+    remote, _ = add_lora(handle(model, layout), str(tmp_path / "lora.safetensors"), 0.7, headless)
+    remote = applied(remote, file, output, 0.8)
+    actual = remote.denoise(*asked, control=many, image_prompts=prompts(remote), negative=(True, False))
+
+    assert tiny.relative_l2(actual, expected) <= PER_CALL
+
+
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_a_whole_run_with_a_range_of_steps(model, layout, tmp_path, cfg):
     """Euler by hand on plain diffusers; the picture counts at some noise levels only."""
@@ -203,12 +228,50 @@ def test_with_sharded_weights(model, tmp_path, name):
     assert tiny.relative_l2(denoised(remote, asked, (True, False)), expected) <= PER_CALL
 
 
+def test_where_there_is_no_room_the_adapter_of_another_run_goes(model, tmp_path, monkeypatch):
+    files = [write(model, seed, tmp_path / f"{seed}.safetensors") for seed in (1, 2)]
+    asked, output = inputs(model), encoded(model)
+    size = sum(tensor.nbytes for tensor in ip_adapter_files.tensors_for(model, 1).values())
+    own = sum(tensor.nbytes for tensor in model.module.state_dict().values())
+    worker_group(ONE).close()
+    monkeypatch.setenv(BUDGET, str(own + int(1.5 * size)))  # the model and one adapter
+    try:
+        for file in (*files, files[0]):
+            expected = call(model, reference(model, [file], [1.0]), *asked, [embeds_of(model, output)])
+            actual = denoised(applied(handle(model), file, output), asked)
+            assert tiny.relative_l2(actual, expected) <= PER_CALL
+            after = worker_group(ONE).call(Status()).value
+            assert len(after["models"]) == 1
+            assert after["bytes"] <= own + size
+    finally:
+        worker_group(ONE).close()
+
+
+@pytest.mark.parametrize("name", ["Ulysses 2", "Ring 2"])
+def test_flux_exchanges_nothing_for_a_picture(tmp_path, name):
+    """Each rank asks for its own tokens, with all heads: counted bytes of a step are those without it."""
+    from benchmarks import traffic
+
+    module = tiny.build(Flux(), traffic.CONFIG)
+    file = tiny.write_native(Flux(), module, traffic.CONFIG, tmp_path / "flux.safetensors")
+    model = tiny.TinyModel(Flux(), traffic.CONFIG, module, tmp_path, file)
+    adapter = write(model, 1, tmp_path / "adapter.safetensors")
+    picture = ImagePrompt(IPAdapterFile.of(adapter), encoded(model).image_embeds, 1.0)
+
+    plain, prompted = (traffic.per_step(file, LAYOUTS[name], given) for given in ((), (picture,)))
+
+    assert prompted == plain
+
+
 # ---------------------------------------------------------------------- words between host and ranks
 
 
 def test_which_rows_are_negative():
     assert negative_rows([0], 2) == [False, False]
     assert negative_rows([1, 0], 4) == [True, True, False, False]
+    for told in (None, [], [0, 1, 0]):
+        with pytest.raises(InvalidInput, match="does not say which of them are of the negative"):
+            negative_rows(told, 4)
     with pytest.raises(InvalidInput, match=r"uses 3 prompts.*use CFGGuider"):
         negative_rows([2, 0, 1], 3)
 

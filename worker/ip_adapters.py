@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = (
     "XLabs' for FLUX.1 (double_blocks.0.processor.ip_adapter_...), InstantX' for SD3 (image_proj.latents)"
 )
+KEPT_HEADERS = 8  # of files that were checked and not loaded
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ class IPAdapters:
             return self._loaded[file]
         if file not in self._opened:
             self._opened[file] = self._read_header(file)
+            for oldest in list(self._opened)[:-KEPT_HEADERS]:
+                del self._opened[oldest]
         return self._opened[file].module
 
     def _read_header(self, file: IPAdapterFile) -> Opened:

@@ -201,5 +201,5 @@ def _pictures(
     sigmas = options.get("sigmas")
     sigma = float((sampling.sigma(timestep) if sigmas is None else sigmas).flatten()[0])
     prompts = at_sigmas(options[PICTURES], sampling.percent_to_sigma)
-    negative = negative_rows(options.get("cond_or_uncond") or [0], x.shape[0])
+    negative = negative_rows(options.get("cond_or_uncond"), x.shape[0])
     return tuple(prompt for prompt in prompts if prompt.acts(sigma)), negative

@@ -57,8 +57,8 @@ class FluxIPAdapter(IPAdapter):
                 path = [part for part in path if part != "processor"]
                 if len(path) == 3 and path[1] in _PARTS:
                     found[f"{_PARTS[path[1]]}.{path[0]}.{path[2]}"] = name
-        # Without a block's keys it is no adapter: LoRA files of XLabs have double_blocks too.
-        return found if any(name.startswith("to_k_ip.") for name in found) else {}
+        # Half of it is another thing: a LoRA of XLabs has double_blocks, an adapter of SD3 has to_k_ip.
+        return found if {name.split(".")[0] for name in found} >= {"projection", "to_k_ip"} else {}
 
     @classmethod
     def attach(cls, transformer: nn.Module, acting: Sequence[Acting], attention: ImageAttention) -> None:
