@@ -13,6 +13,7 @@ from comfy_xdit.errors import InvalidInput
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 INDEX = "model_index.json"
 
@@ -35,8 +36,8 @@ def diffusion_model_path(name: str) -> Path:
 
 
 def loras() -> list[str]:
-    """Names for a widget: the files in models/loras."""
-    return folder_paths.get_filename_list("loras")
+    """Names for a widget: the files in models/loras, then the demo's."""
+    return folder_paths.get_filename_list("loras") + _present(DEMO_LORAS)
 
 
 def lora_path(name: str) -> Path:
@@ -45,7 +46,7 @@ def lora_path(name: str) -> Path:
     Raises:
         InvalidInput: there is none.
     """
-    path = folder_paths.get_full_path("loras", name)
+    path = DEMO_LORAS.get(name) or folder_paths.get_full_path("loras", name)
     if path is None or not os.path.isfile(path):
         raise InvalidInput(f"no LoRA {name!r}; put it into models/loras and press R.")
     return Path(path)
