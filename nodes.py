@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.lora import add_lora, lora_stamp
 from comfy_xdit.packages import install, missing_packages, unavailable
 from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig
@@ -299,8 +300,8 @@ class XDiTStatus:
 
 
 NODES = (
-    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader, XDiTSampler,
-    XDiTVAEDecode, XDiTStatus,
+    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader,
+    XDiTControlNetLoader, XDiTControlNetApply, XDiTSampler, XDiTVAEDecode, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from comfy_xdit.controlnet import Application, Hints, nets_of
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Sample
+from comfy_xdit.remote import RemoteModel
 from comfy_xdit.schedulers import Sampling, sigmas_of
 from comfy_xdit.spec import ModelSpec
 
@@ -175,6 +177,7 @@ def build_sample(
     samples = samples_of(latent, info["latent_channels"])
     batch, family, latent_format = samples.shape[0], info["family"], info["latent_format"]
     guided = not math.isclose(cfg, 1.0)  # at 1 the negative prompt has no weight, nor has it in ComfyUI
+    hints: Hints = {}
     request = Sample(
         spec=spec,
         sampler=sampler_name,
@@ -186,8 +189,23 @@ def build_sample(
         negative=conditions_of(negative, family, batch) if guided else None,
         multiplier=sampling.multiplier,
         mask=mask_of(latent, samples),
+        positive_nets=nets_of(control_of(positive), samples, sampling, hints),
+        negative_nets=nets_of(control_of(negative), samples, sampling, hints) if guided else (),
     )
     return request, lambda answer: unscaled(answer, latent_format)
+
+
+def control_of(conditioning: Conditioning) -> Application | None:
+    """What XDiTControlNetApply put into a conditioning, of one entry."""
+    return _only_entry(conditioning)[1].get("control")
+
+
+def hold_nets(remote: RemoteModel, *conditionings: Conditioning) -> None:
+    """Have the ranks keep the ControlNets of conditionings for as long as somebody holds them."""
+    for conditioning in conditionings:
+        control = control_of(conditioning)
+        for application in control.chain if control is not None else ():
+            application.net.needed_by(remote)
 
 
 def _only_entry(conditioning: Conditioning) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -217,7 +235,10 @@ def _refuse_options(options: dict[str, Any]) -> None:
     refused = [
         name
         for name, value in options.items()
-        if name not in known and value is not None and not _says_nothing(name, value)
+        if name not in known
+        and value is not None
+        and not isinstance(value, Application)
+        and not _says_nothing(name, value)
     ]
     if refused:
         raise InvalidInput(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from comfy_xdit import conversion, patches
+from comfy_xdit.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.messages import Progress, Sample
@@ -25,7 +26,7 @@ from comfy_xdit.schedulers import SCHEDULERS
 from comfy_xdit.spec import LoraFile
 
 SAMPLERS = conversion.SAMPLERS
-MODELS_DIR = "XDIT_MODELS_DIR"  # environment: a folder with diffusers/, diffusion_models/, loras/, vae/ in it
+MODELS_DIR = "XDIT_MODELS_DIR"  # environment: with diffusers/, diffusion_models/, loras/, vae/, controlnet/
 INDEX = "model_index.json"
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
@@ -118,6 +119,7 @@ def sample_request(
         latent=latent,
         denoise=denoise,
     )
+    conversion.hold_nets(remote, positive, negative)
     return replace(request, patches=remote.patches), finish
 
 
@@ -231,6 +233,31 @@ def lora_path(name: str) -> Path:
     raise InvalidInput(
         f"no LoRA {name!r}; give the path of a safetensors file, or put it into loras/ of the folder "
         f"named by {MODELS_DIR}."
+    )
+
+
+def control_nets() -> Names:
+    """Names for a widget: files below XDIT_MODELS_DIR/controlnet, then the diffusers folders in it."""
+    folders = [
+        config.parent.relative_to(folder).as_posix()
+        for folder in _folders("controlnet")
+        for config in folder.rglob("*/config.json")
+    ]
+    return Names(sorted(_below("controlnet")) + sorted(folders))
+
+
+def control_net_path(name: str) -> Path:
+    """The file or folder behind a name of `control_nets`, or the path `name` itself.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    for path in [*(f / name for f in _folders("controlnet")), Path(name)]:
+        if path.exists():
+            return path
+    raise InvalidInput(
+        f"no ControlNet {name!r}; give the path of a safetensors file or of a diffusers folder, or put it "
+        f"into controlnet/ of the folder named by {MODELS_DIR}."
     )
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from comfy_xdit.errors import XDiTError
 from comfy_xdit.messages import Forget
 from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.spec import ControlNet, ModelSpec
 
 if TYPE_CHECKING:
     from comfy_xdit.group import WorkerGroup
@@ -43,7 +43,7 @@ class _Dropped:
     """A handle that is gone, and when that costs the ranks its model."""
 
     parallel: ParallelConfig
-    spec: ModelSpec
+    spec: ModelSpec | ControlNet
     names: tuple[int | str, ...]
     due: float
 
@@ -58,13 +58,15 @@ class Holders:
     def __init__(self, groups: Callable[[], Iterable[WorkerGroup]]):
         self._groups = groups
         self._lock = threading.Lock()
-        self._count: Counter[tuple[ParallelConfig, ModelSpec]] = Counter()
+        self._count: Counter[tuple[ParallelConfig, ModelSpec | ControlNet]] = Counter()
         self._lingering: list[_Dropped] = []
         # Reentrant, unlike Queue: a finaliser may run in the middle of another put.
         self._words: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def hold(self, handle: Any, parallel: ParallelConfig, spec: ModelSpec, sent: Names | None) -> None:
+    def hold(
+        self, handle: Any, parallel: ParallelConfig, spec: ModelSpec | ControlNet, sent: Names | None
+    ) -> None:
         """`handle` needs `spec` in the ranks of `parallel` as long as it lives."""
         with self._lock:
             self._count[parallel, spec] += 1
@@ -84,7 +86,10 @@ class Holders:
         if words:
             self._words.put(None)  # the thread waits with a deadline that may be too late now
         with self._lock:
-            return any(count and layout == parallel for (layout, _), count in self._count.items())
+            return any(
+                count and layout == parallel and isinstance(spec, ModelSpec)
+                for (layout, spec), count in self._count.items()
+            )
 
     def release_all(self) -> None:
         """Have every rank let go of every model now; a handle that is used again loads again."""

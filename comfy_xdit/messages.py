@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import LoraFile, ModelSpec
+from comfy_xdit.spec import ControlNet, LoraFile, ModelSpec
 
 # ------------------------------------------------------------------ host -> ranks
 
@@ -81,6 +81,23 @@ NO_PATCHES = PatchSet()
 
 
 @dataclass(frozen=True)
+class AppliedControlNet:
+    """A ControlNet that the ranks run beside the transformer.
+
+    `hint` is what the VAE made of the picture, unscaled, (B or 1, C, H, W); or, where the ControlNet
+    takes pictures, (B or 1, 3, 8 H, 8 W) in 0..1, H and W in whole patches. In `Denoise` it may be
+    `Known`. `mode` is the control type of a union ControlNet. `sigmas` are the first and the last noise
+    level at which it acts in a `Sample`; None is always.
+    """
+
+    net: ControlNet
+    hint: Any
+    strength: float
+    mode: int | None = None
+    sigmas: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Denoise:
     """One call of the transformer, with ComfyUI's arguments.
 
@@ -89,6 +106,7 @@ class Denoise:
     ...), each a tensor, a plain value, or a `Known` tensor. `forget` names tensors to drop.
     `control` holds the residuals of ControlNets on the host, (B or 1, tokens, width) or None per
     block, by the names ComfyUI gives the lists. They change with every call and are not kept.
+    `nets` are the ControlNets that the ranks run themselves.
     Answer: the transformer's output, shaped like `x`.
     """
 
@@ -99,6 +117,7 @@ class Denoise:
     forget: tuple[int, ...] = ()
     control: dict[str, list[torch.Tensor | None]] | None = None
     patches: PatchSet = NO_PATCHES
+    nets: tuple[AppliedControlNet, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,8 +142,8 @@ class Sample:
     `latent` is (B, C, H, W), scaled (latent_format applied); `noise` likewise; `sigmas` is
     (steps + 1,). `positive` and `negative` are keyword arguments of the transformer; negative is
     None when cfg is 1. `mask` is 1 where the picture may change. `multiplier` is what turns sigma
-    into the transformer's timestep. `warmup_steps` are those PipeFusion does exactly. Answer: the last
-    latent, scaled.
+    into the transformer's timestep. `warmup_steps` are those PipeFusion does exactly. `positive_nets` and
+    `negative_nets` are the ControlNets of each side. Answer: the last latent, scaled.
     """
 
     spec: ModelSpec
@@ -140,6 +159,8 @@ class Sample:
     previews: bool = False
     patches: PatchSet = NO_PATCHES
     warmup_steps: int = 1
+    positive_nets: tuple[AppliedControlNet, ...] = ()
+    negative_nets: tuple[AppliedControlNet, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,9 +201,9 @@ class Encode:
 
 @dataclass(frozen=True)
 class Forget:
-    """Let go of the models `specs` and of the tensors `names`, or of everything. Answer: None."""
+    """Let go of models and ControlNets `specs` and of tensors `names`, or of everything. Answer: None."""
 
-    specs: tuple[ModelSpec, ...] | None = None
+    specs: tuple[ModelSpec | ControlNet, ...] | None = None
     names: tuple[int | str, ...] = ()
 
 
@@ -245,7 +266,7 @@ WORDS: dict[str, type] = {
     for word in (
         Load, Check, CheckLora, Denoise, Keep, Known, Patch, PatchSet, Sample, EncodeText, Decode, Encode,
         Stop, Forget, Status, Ready, Progress, Result, Failure, Cancelled, ModelSpec, LoraFile,
-        ParallelConfig,
+        ParallelConfig, ControlNet, AppliedControlNet,
     )
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError
 from comfy_xdit.group import holders, running_groups, worker_group
 from comfy_xdit.messages import (
     NO_PATCHES,
+    AppliedControlNet,
     Check,
     CheckLora,
     Decode,
@@ -43,6 +44,7 @@ Interrupt = Callable[[], bool]
 REMEMBERED_BYTES = 4096
 REMEMBERED_TENSORS = 16
 RETRY_TILES = (512, 256)  # pixels: the first one at most half of what a rank could not do
+_HINTS = "hints of ControlNets"  # beside the conditions, so that both are remembered alike
 _names = itertools.count(1)
 _log = logging.getLogger(__name__)
 # Of all handles of a layout: its ranks hold one store of patch sets, named by content.
@@ -159,6 +161,7 @@ class RemoteModel(Remote):
         conditions: dict[str, Any],
         interrupted: Interrupt | None = None,
         control: dict[str, list[torch.Tensor | None]] | None = None,
+        nets: tuple[AppliedControlNet, ...] = (),
     ) -> torch.Tensor:
         """One transformer call with ComfyUI's arguments.
 
@@ -167,6 +170,7 @@ class RemoteModel(Remote):
             timestep: (B,) as ComfyUI hands it to the transformer.
             conditions: keyword arguments (context, y, guidance ...).
             control: residuals of ControlNets, one list per place (see `Denoise`).
+            nets: ControlNets that the ranks run; a hint travels once, as a condition does.
 
         Returns:
             The output, (B, C, H, W), on CPU.
@@ -174,13 +178,16 @@ class RemoteModel(Remote):
         Raises:
             InvalidInput: the layout is for whole sampling loops only.
         """
-        _refuse_pipefusion(self.parallel, control)
+        _refuse_pipefusion(self.parallel, control or nets or None)
 
         def message(generation: int) -> Denoise:
-            referred = self.sent.refer(conditions, generation)
+            referred = self.sent.refer({**conditions, _HINTS: [net.hint for net in nets]}, generation)
+            hinted = tuple(
+                replace(net, hint=hint) for net, hint in zip(nets, referred.pop(_HINTS), strict=True)
+            )
             patches = _sent_patches[self.parallel].refer(self.patches, generation)
             forget = self.sent.take_forgotten()
-            return Denoise(self.spec, x, timestep, referred, forget, control, patches)
+            return Denoise(self.spec, x, timestep, referred, forget, control, patches, hinted)
 
         try:
             output = self._call(message, interrupted=interrupted).value
@@ -188,7 +195,7 @@ class RemoteModel(Remote):
             self.sent.reset()
             _sent_patches[self.parallel].reset()
             raise
-        if control is None and "ref_latents" not in conditions:
+        if control is None and not nets and "ref_latents" not in conditions:
             self._note(Denoise, x)
         return output
 
@@ -199,6 +206,8 @@ class RemoteModel(Remote):
         interrupted: Interrupt | None = None,
     ) -> torch.Tensor:
         """A whole sampling loop in the ranks; returns the last latent, scaled, on CPU."""
+        if request.positive_nets or request.negative_nets:
+            _refuse_pipefusion(self.parallel, request.positive_nets or request.negative_nets)
 
         def message(generation: int) -> Sample:
             patches = _sent_patches[self.parallel].refer(request.patches, generation)
@@ -211,7 +220,8 @@ class RemoteModel(Remote):
         except BaseException:
             _sent_patches[self.parallel].reset()
             raise
-        if "ref_latents" not in request.positive:
+        nets = request.positive_nets or request.negative_nets
+        if "ref_latents" not in request.positive and not nets:
             steps = len(request.sigmas) - 1
             self._note(Sample, request.latent, request.negative is not None, request.sampler, steps)
         return latent
@@ -302,6 +312,11 @@ class RemoteVAE(Remote):
         """As `encode`, of (B, 3, [T,] H, W) in -1..1: what the network takes."""
         message = Encode(self.spec, pixels.contiguous(), tile)
         return self._tiled_if_needed(message, pixels.shape[-2:], interrupted)["latent"]
+
+    @property
+    def ratio(self) -> int:
+        """Pixels per latent pixel."""
+        return self._ratio(None)
 
     @property
     def _world_size(self) -> int:

@@ -61,6 +61,12 @@ class Sampling:
             return scale / (scale + (1 / time - 1))
         return self.shift * time / (1 + (self.shift - 1) * time)
 
+    def sigma_at(self, percent: float) -> float:
+        """Noise level after a share of a run, 0..1."""
+        if percent in (0.0, 1.0):
+            return 1.0 - percent
+        return float(self.sigma(torch.tensor(1.0 - percent, dtype=torch.float64)))
+
     @property
     def sigma_min(self) -> float:
         """The smallest noise level of the table."""

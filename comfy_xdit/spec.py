@@ -8,6 +8,11 @@ from pathlib import Path
 from comfy_xdit.errors import InvalidInput
 
 WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16")
+# The control types of FLUX.1's union ControlNets (InstantX, Shakker Labs), by their numbers.
+CONTROL_TYPES = {
+    "none": None, "canny (0)": 0, "tile (1)": 1, "depth (2)": 2, "blur (3)": 3, "pose (4)": 4, "gray (5)": 5,
+    "low quality (6)": 6, "mode 7": 7, "mode 8": 8, "mode 9": 9,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,47 @@ class LoraFile:
     def check(self) -> None:
         """Raise InvalidInput if it is no longer the file it was."""
         if LoraFile.of(self.path) != self:
+            raise InvalidInput(
+                f"{self.path} was changed after the node that loads it had run; run the workflow again."
+            )
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """A ControlNet on disk, which the ranks read themselves.
+
+    Args:
+        path: absolute path of a safetensors file, or of a diffusers folder.
+        stamp: size in bytes and modification time in ns of its files, and of a `config.json` beside it:
+            a changed file is another ControlNet.
+    """
+
+    path: str
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: str | Path) -> ControlNet:
+        """Describe what is at `path` now.
+
+        Raises:
+            InvalidInput: nothing is there.
+        """
+        path = Path(path).absolute()
+        if not path.exists():
+            raise InvalidInput(f"no ControlNet at {path}; choose one that exists.")
+        files = sorted(path.glob("*.*")) if path.is_dir() else [path, path.parent / "config.json"]
+        stats = [f.stat() for f in files if f.is_file()]
+        return cls(str(path), (sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)))
+
+    @property
+    def name(self) -> str:
+        """Its name for messages: without the folder, but for the general names that diffusers gives."""
+        path = Path(self.path)
+        return f"{path.parent.name}/{path.name}" if path.name.startswith("diffusion_pytorch") else path.name
+
+    def check(self) -> None:
+        """Raise InvalidInput if it is no longer what it was."""
+        if ControlNet.of(self.path) != self:
             raise InvalidInput(
                 f"{self.path} was changed after the node that loads it had run; run the workflow again."
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.parallel import Automatic, ParallelConfig, available_devices, parse_devices
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.spec import ControlNet, ModelSpec
 
 if TYPE_CHECKING:
     from comfy_xdit.remote import Remote
@@ -132,6 +132,23 @@ def decode(samples: dict[str, Any], vae: Any, tiling: str) -> tuple[Any, str]:
     remote = here.remote_of(vae)  # a stock VAE is refused by name
     pixels = here.decode_latent(vae, samples["samples"], TILES[tiling])
     return pixels.reshape(-1, *pixels.shape[-3:]), remote.note
+
+
+def open_control_net(name: str) -> Any:
+    """A CONTROL_NET over one file or folder."""
+    from comfy_xdit import controlnet
+
+    return controlnet.open_control_net(name, surroundings())
+
+
+def control_net_stamp(name: str) -> tuple[int, int]:
+    """Size and modification time of a ControlNet's files."""
+    return ControlNet.of(surroundings().control_net_path(name)).stamp
+
+
+def apply_control_net(**inputs: Any) -> list[Any]:
+    """A CONDITIONING with a ControlNet."""
+    return surroundings().apply_control_net(**inputs)
 
 
 def status() -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
 
 from comfy_xdit.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from worker.controlnets import NetCall
 
 LENGTHS = "context_lengths"
 Rows = slice | list[int]
@@ -20,13 +23,14 @@ class Batch:
     """ComfyUI's arguments of one call (see `messages.Denoise`).
 
     Prompts of different length come as one context, padded behind, with their true lengths (B,) in
-    the condition `context_lengths`.
+    the condition `context_lengths`. `nets` are the ControlNets that run beside the transformer.
     """
 
     x: torch.Tensor
     timestep: torch.Tensor
     conditions: dict[str, Any]
     control: dict[str, list[torch.Tensor | None]] | None = None
+    nets: tuple[NetCall, ...] = ()
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -42,7 +46,8 @@ class Batch:
                 return {name: cut(part) for name, part in value.items()}
             return [cut(part) for part in value] if isinstance(value, list) else value
 
-        return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control))
+        nets = tuple(replace(net, hint=cut(net.hint)) for net in self.nets)
+        return Batch(cut(self.x), cut(self.timestep), cut(self.conditions), cut(self.control), nets)
 
     @property
     def calls(self) -> int:

@@ -140,6 +140,26 @@ class Checkpoint:
             ) from error
 
 
+def check_complete(
+    module: torch.nn.Module, mapping: dict[str, Source], checkpoint: Checkpoint, path: str
+) -> None:
+    """Raise InvalidInput unless every tensor of `module` is in the file, in the right shape."""
+    for name, wanted in module.state_dict().items():
+        source = mapping.get(name)
+        if source is None or source.key not in checkpoint.shapes:
+            raise InvalidInput(
+                f"{path} lacks the tensor {source.key if source else name}; the file is incomplete."
+            )
+        shape = checkpoint.shapes[source.key]
+        if source.start is not None:
+            shape = (max(0, min(source.stop, shape[0]) - source.start), *shape[1:])
+        if tuple(wanted.shape) != shape:
+            raise InvalidInput(
+                f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
+                "damaged or of a variant this version does not know."
+            )
+
+
 def read_json(file: Path) -> dict:
     """A JSON object from disk. Raises InvalidInput when it is missing or damaged."""
     try:

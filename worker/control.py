@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -31,29 +31,43 @@ class ControlResiduals:
         own: Callable[[torch.Tensor], torch.Tensor],
     ):
         self._own = own
-        self._residuals: Residuals = {}
+        self._whole: Sequence[Residuals] = ()
+        self._parts: Residuals = {}
         for place, blocks in places.items():
             for index, block in enumerate(transformer.get_submodule(blocks)):
                 block.register_forward_hook(partial(self._add, place, index))
 
     @contextmanager
-    def of(self, residuals: Residuals | None) -> Iterator[None]:
-        """Within, the transformer's blocks get these residuals."""
-        self._residuals = residuals or {}
+    def of(self, whole: Sequence[Residuals | None], parts: Residuals) -> Iterator[None]:
+        """Within, the transformer's blocks get these residuals.
+
+        Args:
+            whole: on all image tokens, or on the first of them; each is added.
+            parts: on this rank's part of the image tokens, as ControlNets in the ranks compute them.
+        """
+        self._whole, self._parts = [residuals for residuals in whole if residuals], parts
         try:
             yield
         finally:
-            self._residuals = {}
+            self._whole, self._parts = (), {}
 
     def _add(
         self, place: str, index: int, _block: nn.Module, _args: Any, output: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
-        residuals = self._residuals.get(place, ())
-        if index >= len(residuals) or residuals[index] is None:
-            return
         # In place, as ComfyUI does it: the sum is rounded once to the dtype of the tokens.
-        own = self._own(residuals[index])
-        output[1][:, : own.shape[1]] += own
+        for residuals in self._whole:
+            whole = _at(residuals, place, index)
+            if whole is not None:
+                own = self._own(whole)
+                output[1][:, : own.shape[1]] += own
+        part = _at(self._parts, place, index)
+        if part is not None:
+            output[1][:, : part.shape[1]] += part
+
+
+def _at(residuals: Residuals, place: str, index: int) -> torch.Tensor | None:
+    given = residuals.get(place, ())
+    return given[index] if index < len(given) else None
 
 
 def check_residuals(

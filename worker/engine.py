@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import (
+    AppliedControlNet,
     Check,
     CheckLora,
     Decode,
@@ -25,8 +27,9 @@ from comfy_xdit.messages import (
     Sample,
     Status,
 )
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.spec import ControlNet, ModelSpec
 from worker.batch import Batch
+from worker.controlnets import FittedControlNet, NetCall, NetSpec
 from worker.loop import Run
 from worker.parallel import Degrees, RankGroups
 from worker.patching import PatchStore
@@ -101,10 +104,12 @@ class Engine:
         for name in message.forget:
             self._tensors.pop(name, None)
         conditions = self._resolve(message.conditions)
+        applied = tuple(replace(net, hint=self._resolve(net.hint)) for net in message.nets)
         transformer = self._require(message.spec)
-        conditions = transformer.check(message.x, conditions, message.control)
+        nets = self._nets(applied, message.spec, transformer)
+        conditions = transformer.check(message.x, conditions, message.control, nets)
         transformer.patch(message.patches.name, self._patches)
-        batch = Batch(message.x, message.timestep, conditions, message.control)
+        batch = Batch(message.x, message.timestep, conditions, message.control, nets)
         output = transformer.predict_batch(batch)
         return output if self._groups.rank == 0 else None
 
@@ -112,8 +117,10 @@ class Engine:
         """A whole sampling loop; the latent goes to the host from rank 0 only."""
         self._patches.take(message.patches)
         transformer = self._require(message.spec)
+        sides = (message.negative_nets, message.positive_nets)
+        nets = [self._nets(applied, message.spec, transformer) for applied in sides]
         self._patch(transformer, message.patches.name)
-        latent = sample(message, transformer, self._groups, run)
+        latent = sample(message, transformer, self._groups, run, *nets)
         return latent if self._groups.rank == 0 else None
 
     def encode_text(self, message: EncodeText, _run: Run) -> dict[str, torch.Tensor | None]:
@@ -134,7 +141,7 @@ class Engine:
             self._tensors.pop(name, None)
         if message.specs is None:
             self._tensors, self._patches = {}, PatchStore()
-        self._models.drop(message.specs)
+        self._models.drop(None if message.specs is None else self._with_nets(message.specs))
 
     def status(self, _message: Status, _run: Run) -> dict[str, Any]:
         """What this rank holds and how much memory it has."""
@@ -153,6 +160,27 @@ class Engine:
             error = refused
         if self._groups.any(error is not None):
             raise error or InvalidInput("another rank refused the patch")
+
+    def _nets(
+        self, applied: tuple[AppliedControlNet, ...], spec: ModelSpec, transformer: Transformer
+    ) -> tuple[NetCall, ...]:
+        """ControlNets of a call, loaded to fit the transformer."""
+        calls = []
+        for one in applied:
+            net = self._models.require(
+                NetSpec(one.net, spec), lambda one=one: FittedControlNet(one.net, transformer, self._groups)
+            )
+            calls.append(NetCall.of(net, one))
+        self._models.touch(spec)  # nothing may be let go of before it, if it is to be called
+        return tuple(calls)
+
+    def _with_nets(self, specs: tuple[ModelSpec | ControlNet, ...]) -> list[ModelSpec | NetSpec]:
+        """What is loaded of some models and ControlNets. A model's ControlNets go with it."""
+        return [
+            kept
+            for kept in self._models.specs
+            if kept in specs or (isinstance(kept, NetSpec) and (kept.net in specs or kept.model in specs))
+        ]
 
     def _require(self, spec: ModelSpec) -> Loaded:
         """The loaded model of this spec."""

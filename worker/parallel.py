@@ -244,11 +244,14 @@ def true_positions(shards: Sequence[Shard], ranks: range, device: torch.device) 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How a family's joint attention orders its two streams, and what the hooks attach to."""
+    """How a family's joint attention orders its two streams, and what the hooks attach to.
+
+    Without a `last_norm` nothing is gathered: what the blocks compute is wanted where it is.
+    """
 
     text_first: bool
     first_block: str
-    last_norm: str
+    last_norm: str | None
     rotary: str | None = None
 
 
@@ -277,7 +280,8 @@ class SequenceParallel:
         self._image = self._text = Shard(0, 1)
         use_parallel_attention(transformer, groups.degrees)
         transformer.get_submodule(layout.first_block).register_forward_pre_hook(self._split, with_kwargs=True)
-        transformer.get_submodule(layout.last_norm).register_forward_pre_hook(self._gather)
+        if layout.last_norm is not None:
+            transformer.get_submodule(layout.last_norm).register_forward_pre_hook(self._gather)
         if layout.rotary is not None:
             transformer.get_submodule(layout.rotary).register_forward_hook(self._split_rotary)
 
@@ -292,6 +296,14 @@ class SequenceParallel:
     def own_image(self, tokens: torch.Tensor) -> torch.Tensor:
         """This rank's part of something on the image tokens, or on the first of them."""
         return self._image.own(tokens, self._groups.sequence_rank)
+
+    def whole_image(self, part: torch.Tensor) -> torch.Tensor:
+        """All image tokens of those that each rank has, padding included, as the blocks compute them."""
+        tokens = self._groups.gather_tokens(part)
+        if self._image.length % self._image.ranks == 0:
+            return tokens
+        ranks = range(self._image.ranks)
+        return tokens.index_select(1, true_positions((self._image,), ranks, tokens.device))
 
     def _split(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rank = self._groups.sequence_rank
@@ -308,11 +320,7 @@ class SequenceParallel:
 
     def _gather(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         hidden_states, *rest = args
-        tokens = self._groups.gather_tokens(hidden_states)
-        if self._image.length % self._image.ranks:
-            ranks = range(self._image.ranks)
-            tokens = tokens.index_select(1, true_positions((self._image,), ranks, tokens.device))
-        return (tokens, *rest)
+        return (self.whole_image(hidden_states), *rest)
 
     def _true_keys(self) -> xfuser_compat.KeySelection:
         """Leaves out the padding, in joint attention and in that of image tokens alone."""

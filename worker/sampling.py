@@ -9,6 +9,7 @@ import torch
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.messages import Sample
 from worker.batch import Batch, join
+from worker.controlnets import NetCall, same_nets
 from worker.guidance import Guidance
 from worker.loop import Run
 from worker.parallel import RankGroups
@@ -17,9 +18,17 @@ from worker.samplers import SAMPLERS, Sampler
 from worker.transformer import Transformer
 
 Conditions = dict[str, Any]
+Nets = tuple[NetCall, ...]
 
 
-def sample(request: Sample, transformer: Transformer, groups: RankGroups, run: Run) -> torch.Tensor | None:
+def sample(
+    request: Sample,
+    transformer: Transformer,
+    groups: RankGroups,
+    run: Run,
+    negative_nets: Nets = (),
+    positive_nets: Nets = (),
+) -> torch.Tensor | None:
     """Run the whole loop; returns the last latent (B, C, H, W), scaled: on rank 0, maybe on others.
 
     Raises:
@@ -31,23 +40,30 @@ def sample(request: Sample, transformer: Transformer, groups: RankGroups, run: R
             f"sampler {request.sampler!r} does not run in the ranks ({', '.join(SAMPLERS)} do); "
             "choose one of them, or the stock KSampler with this MODEL."
         )
-    positive = transformer.check(request.latent, request.positive)
+    positive = transformer.check(request.latent, request.positive, nets=positive_nets)
     transformer.check(request.noise, request.positive)
-    sides = [positive]
+    sides, nets = [positive], [positive_nets]
     if request.negative is not None:
-        sides = [transformer.check(request.latent, request.negative), positive]
+        negative = transformer.check(request.latent, request.negative, nets=negative_nets)
+        sides, nets = [negative, positive], [negative_nets, positive_nets]
     if len(request.sigmas) < 2:
         return request.latent
     # Both sides are one batch, whose rows the branches share, or two where one batch cannot hold them.
-    joined = join(sides)
-    batches = sides if joined is None else [joined]
+    joined = join(sides) if same_nets(nets[0], nets[-1]) else None
+    batches = sides
+    if joined is not None:
+        batches, nets = [joined], [tuple(net.repeated(len(sides)) for net in positive_nets)]
     if groups.degrees.stages > 1:
         return PipeFusion(request, transformer, groups, run, batches).sample()
-    return _whole(request, transformer, groups, run, batches)
+    return _whole(request, transformer, groups, run, list(zip(batches, nets, strict=True)))
 
 
 def _whole(
-    request: Sample, transformer: Transformer, groups: RankGroups, run: Run, batches: list[Conditions]
+    request: Sample,
+    transformer: Transformer,
+    groups: RankGroups,
+    run: Run,
+    batches: list[tuple[Conditions, Nets]],
 ) -> torch.Tensor:
     """Every rank alike, one evaluation after the other."""
     guidance = Guidance.of(request)
@@ -57,7 +73,10 @@ def _whole(
         x = guidance.before(asked.x, asked.sigma)
         rows = torch.cat([x] * (guidance.sides // len(batches)))
         timestep = (asked.sigma * request.multiplier).expand(rows.shape[0])
-        outputs = [transformer.predict_batch(Batch(rows, timestep, given)) for given in batches]
+        outputs = []
+        for given, nets in batches:
+            acting = tuple(net for net in nets if net.acts_at(asked.sigma))
+            outputs.append(transformer.predict_batch(Batch(rows, timestep, given, nets=acting)))
         sampler.advance(guidance.after(x, asked.sigma, torch.cat(outputs)))
         if sampler.wanted is None or sampler.wanted.step > asked.step:
             shown = sampler.denoised if request.previews and groups.rank == 0 else None

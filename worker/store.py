@@ -41,14 +41,14 @@ class ModelStore:
         self._models: OrderedDict[ModelSpec, Model] = OrderedDict()
         self.loads = 0  # how many models were ever read from disk
 
-    def require(self, spec: ModelSpec) -> Model:
-        """The loaded model of this spec.
+    def require(self, spec: Any, open_model: Callable[[], Model] | None = None) -> Model:
+        """The loaded model of this spec; `open_model` opens it in place of the store's own.
 
         A file is checked before a model makes room for it, and read after: a bad file costs nothing
         that is loaded, and what goes is gone before the new one comes.
         """
         if spec not in self._models:
-            model = self._open(spec)
+            model = self._open(spec) if open_model is None else open_model()
             self._make_room(model.nbytes)
             model.load()
             self.loads += 1
@@ -59,6 +59,16 @@ class ModelStore:
     def get(self, spec: ModelSpec) -> Model | None:
         """The model of this spec if it is loaded."""
         return self._models.get(spec)
+
+    def touch(self, spec: Any) -> None:
+        """Have others go first when room is needed."""
+        if spec in self._models:
+            self._models.move_to_end(spec)
+
+    @property
+    def specs(self) -> tuple[Any, ...]:
+        """Of all that is loaded."""
+        return tuple(self._models)
 
     def drop(self, specs: Iterable[ModelSpec] | None) -> None:
         """Let go of `specs`, or of all."""

@@ -13,11 +13,12 @@ from accelerate import init_empty_weights
 from comfy_xdit.errors import InvalidInput
 from comfy_xdit.spec import ModelSpec
 from worker.batch import LENGTHS, Batch, check_lengths
-from worker.checkpoints import Checkpoint, read_json
+from worker.checkpoints import Checkpoint, check_complete, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals
+from worker.controlnets import NetCall, summed
 from worker.lora_files import LoraFiles
 from worker.models import detect
-from worker.models.base import ModelFamily, to_whole_patches
+from worker.models.base import PATCH, ModelFamily, to_whole_patches
 from worker.parallel import Degrees, RankGroups, SequenceParallel, use_parallel_attention
 from worker.patching import PatchedWeights, PatchStore
 from worker.sharding import ShardedWeights
@@ -46,7 +47,7 @@ class Transformer:
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         with init_empty_weights():
             self.module = self.family.build(self.config)
-        _check_complete(self.module, self._mapping, checkpoint, spec.path)
+        check_complete(self.module, self._mapping, checkpoint, spec.path)
         self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
         self._parameters = sum(p.numel() for p in self.module.parameters())
         self.stage: Stage | None = None
@@ -129,6 +130,7 @@ class Transformer:
         timestep: torch.Tensor,
         conditions: dict[str, Any],
         control: Residuals | None = None,
+        nets: Sequence[NetCall] = (),
     ) -> torch.Tensor:
         """The transformer's output for (B, C, H, W), in x's dtype. All sequence ranks call it alike."""
         height, width = x.shape[-2:]
@@ -137,7 +139,8 @@ class Transformer:
         spread_tokens = (
             self._tokens.tokens(call.image_tokens, call.text_tokens) if self._tokens else nullcontext()
         )
-        with spread_tokens, self._control.of(control):
+        parts, whole = self._net_residuals(nets, padded, timestep, conditions, call.image_tokens)
+        with spread_tokens, self._control.of([control, whole], parts):
             (sample,) = self.module(**call.kwargs, return_dict=False)
         return self.family.output(self.config, sample, padded)[..., :height, :width].to(x.dtype)
 
@@ -181,13 +184,17 @@ class Transformer:
         outputs = []
         for rows, group in batch.by_length():
             order += rows
-            outputs.append(self.predict(group.x, group.timestep, group.conditions, group.control))
+            outputs.append(self.predict(group.x, group.timestep, group.conditions, group.control, group.nets))
         if len(outputs) == 1:
             return outputs[0]
         return torch.cat(outputs)[torch.tensor(order).argsort()]
 
     def check(
-        self, x: torch.Tensor, conditions: dict[str, Any], control: Residuals | None = None
+        self,
+        x: torch.Tensor,
+        conditions: dict[str, Any],
+        control: Residuals | None = None,
+        nets: Sequence[NetCall] = (),
     ) -> dict[str, Any]:
         """The conditions that are set. Raises InvalidInput before any rank has begun to compute."""
         channels = self.family.latent_channels(self.config)
@@ -208,7 +215,26 @@ class Transformer:
         width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         check_residuals(control, self.family.control, x.shape[0], call.image_tokens, width)
         _check_ring(call.image_tokens, self._groups.degrees)
+        for net in nets:
+            net.net.check(x, net)
         return conditions | lengths
+
+    def _net_residuals(
+        self,
+        nets: Sequence[NetCall],
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, Any],
+        tokens: int,
+    ) -> tuple[Residuals, Residuals]:
+        """What ControlNets in the ranks add to this rank's image tokens, and what they add to all."""
+        if not nets:
+            return {}, {}
+        residuals = summed([net.net.residuals(x, timestep, conditions, net) for net in nets])
+        if self._tokens is None or tokens == x.shape[-2] * x.shape[-1] // PATCH**2:
+            return residuals, {}
+        # Reference latents follow the picture, and other ranks have other parts of it than of its hint.
+        return {}, nets[0].net.whole(residuals)
 
     def _config(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         try:
@@ -251,23 +277,3 @@ def _dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dty
     if name != "default":
         return DTYPES[name]
     return torch.float32 if device.type == "cpu" else checkpoint.common_dtype()
-
-
-def _check_complete(
-    module: torch.nn.Module, mapping: dict[str, Any], checkpoint: Checkpoint, path: str
-) -> None:
-    """Every tensor of the model is in the file, in the right shape; nothing is left at random."""
-    for name, wanted in module.state_dict().items():
-        source = mapping.get(name)
-        if source is None or source.key not in checkpoint.shapes:
-            raise InvalidInput(
-                f"{path} lacks the tensor {source.key if source else name}; the file is incomplete."
-            )
-        shape = checkpoint.shapes[source.key]
-        if source.start is not None:
-            shape = (max(0, min(source.stop, shape[0]) - source.start), *shape[1:])
-        if tuple(wanted.shape) != shape:
-            raise InvalidInput(
-                f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
-                "damaged or of a variant this version does not know."
-            )

@@ -4,12 +4,15 @@
 whichever surroundings it finds. The shared names: begin, self_check, model_of, clip_of, vae_of, remote_of,
 sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
 diffusion_models, diffusion_model_path, loras, lora_path, with_file, pipelines, pipeline_path, vaes,
-vae_path, decode_latent.
+vae_path, decode_latent, control_nets, control_net_path, control_net_of, apply_control_net.
 """
 
 from comfy_xdit.comfy_types.beginning import begin, self_check
 from comfy_xdit.comfy_types.clip import clip_of
+from comfy_xdit.comfy_types.control_net import apply_control_net, control_net_of
 from comfy_xdit.comfy_types.files import (
+    control_net_path,
+    control_nets,
     diffusion_model_path,
     diffusion_models,
     lora_path,
@@ -25,8 +28,12 @@ from comfy_xdit.comfy_types.sampling import progress, sample_request, samplers, 
 from comfy_xdit.comfy_types.vae import decode_latent, vae_of
 
 __all__ = [
+    "apply_control_net",
     "begin",
     "clip_of",
+    "control_net_of",
+    "control_net_path",
+    "control_nets",
     "decode_latent",
     "diffusion_model_path",
     "diffusion_models",

@@ -16,6 +16,7 @@ DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.s
 DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 INDEX = "model_index.json"
+CONFIG = "config.json"
 
 
 def diffusion_models() -> list[str]:
@@ -49,6 +50,29 @@ def lora_path(name: str) -> Path:
     path = DEMO_LORAS.get(name) or folder_paths.get_full_path("loras", name)
     if path is None or not os.path.isfile(path):
         raise InvalidInput(f"no LoRA {name!r}; put it into models/loras and press R.")
+    return Path(path)
+
+
+def control_nets() -> list[str]:
+    """Names for a widget: the files in models/controlnet, then the diffusers folders in it."""
+    folders = set()
+    for root in folder_paths.get_folder_paths("controlnet"):
+        for folder, _, files in os.walk(root, followlinks=True):
+            if CONFIG in files and folder != root:
+                folders.add(os.path.relpath(folder, root))
+    return folder_paths.get_filename_list("controlnet") + sorted(folders)
+
+
+def control_net_path(name: str) -> Path:
+    """The file or folder behind a name of `control_nets`.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    folders = (Path(root) / name for root in folder_paths.get_folder_paths("controlnet"))
+    path = folder_paths.get_full_path("controlnet", name) or next(filter(Path.is_dir, folders), None)
+    if path is None or not os.path.exists(path):
+        raise InvalidInput(f"no ControlNet {name!r}; put it into models/controlnet and press R.")
     return Path(path)
 
 

@@ -10,11 +10,13 @@ import comfy.model_management
 import torch
 
 from comfy_xdit.comfy_types.control import residuals
+from comfy_xdit.comfy_types.control_net import NETS
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.errors import InvalidInput
+from comfy_xdit.messages import AppliedControlNet
 from comfy_xdit.remote import Remote, RemoteModel
 from comfy_xdit.spec import LoraFile
 
@@ -135,6 +137,7 @@ class _Arguments(NamedTuple):
     timestep: torch.Tensor
     conditions: dict[str, Any]
     control: dict[str, list[torch.Tensor | None]] | None
+    nets: tuple[AppliedControlNet, ...]
 
 
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
@@ -148,7 +151,9 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
         if parameter.kind is parameter.VAR_KEYWORD:
             given |= given.pop(parameter.name, {})
     x, timestep = (given.pop(name) for name in list(signature.parameters)[:2])
-    options = rank_options(given.pop("transformer_options", None) or {})
+    options = dict(given.pop("transformer_options", None) or {})
+    nets = tuple(options.pop(NETS, ()))
+    options = rank_options(options)
     control = residuals(given.pop("control", None))
     if not isinstance(x, torch.Tensor):
         raise InvalidInput(
@@ -161,4 +166,4 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
             "a ControlNet was given prompts of different length in one batch, which it cannot tell from "
             "padding. Apply the ControlNet to positive and negative with 'Apply ControlNet' (advanced)."
         )
-    return _Arguments(x, timestep, conditions, control)
+    return _Arguments(x, timestep, conditions, control, nets)

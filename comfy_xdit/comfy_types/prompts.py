@@ -15,6 +15,8 @@ import comfy.conds
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from comfy_xdit.comfy_types.control_net import runs_in_ranks
+
 # A key that ComfyUI's transformers take with their other keywords, and the ranks know.
 LENGTHS = "context_lengths"
 # Wrappers of these kinds see the padded prompts and could change or lengthen them, or judge a call by
@@ -73,8 +75,8 @@ def pair_prompts(twin: Any) -> None:
         conds = stock(**kwargs)
         prompt = conds.get("c_crossattn")
         if type(prompt) is comfy.conds.CONDRegular and _arrives_unchanged(twin.current_patcher):
-            # A ControlNet reads the prompts on the host, and hooks may: they get them as they are.
-            pairs = kwargs.get("control") is None and kwargs.get("hooks") is None
+            # A stock ControlNet reads the prompts on the host, and hooks may: they get them as they are.
+            pairs = runs_in_ranks(kwargs.get("control")) and kwargs.get("hooks") is None
             count, length = prompt.cond.shape[:2]
             conds["c_crossattn"] = Prompt(prompt.cond, pairs)
             conds[LENGTHS] = Lengths(torch.full((count,), length))

@@ -16,10 +16,11 @@ import comfy.utils
 import latent_preview
 import torch
 
+from comfy_xdit.comfy_types.control_net import nets_of_run, runs_in_ranks
 from comfy_xdit.comfy_types.model import rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
 from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Progress, Sample
+from comfy_xdit.messages import AppliedControlNet, Progress, Sample
 
 SAMPLERS_IN_RANKS = ("euler", "heun", "dpmpp_2m")
 USE_KSAMPLER = "Use the stock KSampler with this MODEL for that."
@@ -29,7 +30,7 @@ SPECIAL_CONDITIONS = {
     "mask": "a mask",
     "strength": "a strength",
     "hooks": "hooks",
-    "control": "a ControlNet",
+    "control": "a stock ControlNet",
     "gligen": "GLIGEN boxes",
     "start_percent": "a range of steps",
     "end_percent": "a range of steps",
@@ -91,6 +92,7 @@ def sample_request(
         return acting | _conditions(model, conditioning, name, noise, samples, mask, seed)
 
     guided = not math.isclose(cfg, 1.0)
+    positive_nets, negative_nets = _nets(model, positive, negative if guided else None, noise)
     request = Sample(
         spec=remote.spec,
         sampler=sampler_name,
@@ -104,6 +106,8 @@ def sample_request(
         mask=mask,
         previews=comfy.cli_args.args.preview_method != latent_preview.LatentPreviewMethod.NoPreviews,
         patches=model.weight_patches(),
+        positive_nets=positive_nets,
+        negative_nets=negative_nets,
     )
     return request, lambda answer: _finish(model, answer)
 
@@ -175,6 +179,22 @@ def _multiplier(model: RemotePatcher) -> float:
     raise InvalidInput(f"the ranks' loop samples flow models only; this MODEL is none. {USE_KSAMPLER}")
 
 
+def _nets(
+    model: RemotePatcher, positive: list[Any], negative: list[Any] | None, noise: torch.Tensor
+) -> tuple[tuple[AppliedControlNet, ...], ...]:
+    """The ControlNets in the ranks of both sides. Where both have the same, it is one tuple."""
+    chains = []
+    for conditioning in (positive, negative):
+        options = conditioning[0][1] if conditioning else {}
+        chains.append(options.get("control"))
+    if negative and chains[1] is None and positive and positive[0][1].get("control_apply_to_uncond"):
+        chains[1] = chains[0]  # as ComfyUI does it after 'Apply ControlNet (OLD)'
+    # A stock one is refused with the other conditions.
+    ours = [chain for chain in chains if chain is not None and runs_in_ranks(chain)]
+    found = {id(chain): nets_of_run(model, chain, noise) for chain in ours}
+    return tuple(found.get(id(chain), ()) for chain in chains)
+
+
 def _conditions(
     model: RemotePatcher,
     conditioning: list[Any],
@@ -190,7 +210,8 @@ def _conditions(
             f"{name} has {len(conditioning)} conditionings; the ranks take one. {USE_KSAMPLER}"
         )
     for entry, words in SPECIAL_CONDITIONS.items():
-        if conditioning[0][1].get(entry) is not None:
+        value = conditioning[0][1].get(entry)
+        if value is not None and not (entry == "control" and runs_in_ranks(value)):
             raise InvalidInput(
                 f"{name} has {words} ({entry}), which the ranks' loop does not know. {USE_KSAMPLER}"
             )

@@ -25,10 +25,10 @@ HERE = Path(__file__).parent
 COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
 # Stock nodes outside ComfyUI's nodes.py; a version that lacks one has no node to test.
 EXTRAS = (
-    "advanced_samplers", "apg", "attention_multiply", "cfg", "context_windows", "custom_sampler",
-    "differential_diffusion", "easycache", "edit_model", "eps", "flux", "freelunch", "fresca", "hooks",
-    "hypertile", "ip2p", "mahiro", "model_advanced", "model_merging", "pag", "perpneg", "rope", "sag", "sd3",
-    "slg", "tcfg", "tomesd", "torch_compile",
+    "advanced_samplers", "apg", "attention_multiply", "cfg", "context_windows", "controlnet",
+    "custom_sampler", "differential_diffusion", "easycache", "edit_model", "eps", "flux", "freelunch",
+    "fresca", "hooks", "hypertile", "ip2p", "mahiro", "model_advanced", "model_merging", "pag", "perpneg",
+    "rope", "sag", "sd3", "slg", "tcfg", "tomesd", "torch_compile",
 )  # fmt: skip
 # Everything the stock code of ComfyUI and its libraries warns about is theirs to mend.
 pytestmark_all = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]
@@ -55,7 +55,7 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
     cli_args.args.cpu = True
     folder_paths = importlib.import_module("folder_paths")
     models = tmp_path_factory.mktemp("models")
-    for kind in ("diffusion_models", "diffusers", "loras", "vae"):
+    for kind in ("controlnet", "diffusion_models", "diffusers", "loras", "vae"):
         (models / kind).mkdir()
         folder_paths.add_model_folder_path(kind, str(models / kind))
     nodes = importlib.import_module("nodes")

@@ -15,6 +15,8 @@ NODES = {
     "XDiTLoadPipeline": ("MODEL", "CLIP", "VAE"),
     "XDiTLoadDiffusionModel": ("MODEL",),
     "XDiTLoraLoader": ("MODEL",),
+    "XDiTControlNetLoader": ("CONTROL_NET",),
+    "XDiTControlNetApply": ("CONDITIONING",),
     "XDiTSampler": ("LATENT",),
     "XDiTVAEDecode": ("IMAGE",),
     "XDiTStatus": ("STRING",),

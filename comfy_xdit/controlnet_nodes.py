@@ -1,0 +1,74 @@
+"""The nodes for ControlNets that the ranks run. Imports with nothing but the standard library installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_xdit.spec import CONTROL_TYPES
+from comfy_xdit.work import apply_control_net, control_net_stamp, open_control_net, surroundings
+
+
+class XDiTControlNetLoader:
+    """A ControlNet that the ranks read from its file."""
+
+    TITLE = "xDiT ControlNet Loader"
+    DESCRIPTION = (
+        "A ControlNet for SD3 or FLUX.1 that runs in the ranks of the xDiT MODEL it is used with. "
+        "Drop-in for Load ControlNet Model."
+    )
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in ControlNetLoader's order."""
+        file = {"tooltip": "Files, and diffusers folders, in models/controlnet."}
+        return {"required": {"control_net_name": (surroundings().control_nets(), file)}}
+
+    @classmethod
+    def IS_CHANGED(cls, control_net_name: str) -> tuple[int, int]:
+        """Another file under the same name is another ControlNet."""
+        return control_net_stamp(control_net_name)
+
+    def load(self, control_net_name: str) -> tuple[Any]:
+        """Look at the file's header; the ranks read the weights when a MODEL samples."""
+        return (open_control_net(control_net_name),)
+
+
+class XDiTControlNetApply:
+    """A conditioning with a ControlNet."""
+
+    TITLE = "xDiT ControlNet Apply"
+    DESCRIPTION = (
+        "Adds a ControlNet of the ranks to a conditioning. Use one node for the positive and one for the "
+        "negative prompt, with equal inputs: they are then computed together."
+    )
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Widgets in ControlNetApplyAdvanced's order."""
+        strength = {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.01, "tooltip": "0: without it."}
+        share = {"min": 0.0, "max": 1.0, "step": 0.001}
+        return {
+            "required": {
+                "conditioning": ("CONDITIONING", {"tooltip": "Of the positive or the negative prompt."}),
+                "control_net": ("CONTROL_NET", {"tooltip": "From 'xDiT ControlNet Loader'."}),
+                "image": ("IMAGE", {"tooltip": "The hint: edges, depth ... as the ControlNet was trained."}),
+                "strength": ("FLOAT", strength),
+                "start": ("FLOAT", share | {"default": 0.0, "tooltip": "Share of the run before it acts."}),
+                "end": ("FLOAT", share | {"default": 1.0, "tooltip": "Share of the run until it acts."}),
+            },
+            "optional": {
+                "vae": ("VAE", {"tooltip": "The model's VAE: most ControlNets for SD3 and FLUX.1 need it."}),
+                "control_type": (
+                    list(CONTROL_TYPES),
+                    {"tooltip": "Of a union ControlNet; none of any other."},
+                ),
+            },
+        }
+
+    def apply(self, **inputs: Any) -> tuple[list[Any]]:
+        """The conditioning with the ControlNet behind those it has already."""
+        return (apply_control_net(**inputs),)
