@@ -34,6 +34,7 @@ DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
 
 ShowStep = Callable[[int, int], None]  # (steps done, steps)
 _show_step: ContextVar[ShowStep | None] = ContextVar("show_step", default=None)
@@ -223,8 +224,8 @@ def diffusion_model_path(name: str) -> Path:
 
 
 def loras() -> Names:
-    """Names for a widget: files below XDIT_MODELS_DIR/loras."""
-    return Names(sorted(_below("loras")))
+    """Names for a widget: files below XDIT_MODELS_DIR/loras, then the demo's."""
+    return Names(sorted(_below("loras")) + _present(DEMO_LORAS))
 
 
 def lora_path(name: str) -> Path:
@@ -233,7 +234,8 @@ def lora_path(name: str) -> Path:
     Raises:
         InvalidInput: there is none.
     """
-    for path in [*(f / name for f in _folders("loras")), Path(name)]:
+    demo = DEMO_LORAS.get(name)
+    for path in [*([demo] if demo else []), *(f / name for f in _folders("loras")), Path(name)]:
         if path.is_file():
             return path
     raise InvalidInput(

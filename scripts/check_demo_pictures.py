@@ -1,6 +1,10 @@
 """Reads from a picture what it shows and compares this with its caption; needs no torch.
 
 python scripts/check_demo_pictures.py picture.png "a red circle on a blue background"
+
+With --framed the picture must also have the frame that the demo LoRA draws, and what it shows is read
+inside the frame. With --edges the shape must fill an edge picture; its place and its size
+are then those of the edges, whatever the caption says.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ from pathlib import Path
 import numpy as np
 from demo_pictures import (
     COLOURS,
+    FRAME_WIDTH,
     PICTURE_SIZE,
     POSITIONS,
     SHAPES,
     SIZES,
+    border_ring,
     caption_of,
     held_out_scenes,
     parse_caption,
@@ -26,8 +32,12 @@ from demo_pictures import (
 from PIL import Image, ImageDraw
 
 ATTRIBUTES = ("colour", "shape", "position", "background", "size")
+FOLLOWED = 0.7  # intersection over union from which on edges count as followed
 _FOREGROUND_DISTANCE = 45.0  # in RGB: far above noise, half the distance of the closest colours
+_WHOLE_FRAME = 0.9  # of a frame's pixels have its colour
+_FRAME_BLUR = 2  # pixels beyond a frame which may have its colour too
 _SMALLEST_SHAPE = 40  # pixels of a 128 pixel picture; less is a speck
+_LINE_DISTANCE = 220.0  # in RGB: half of white, from black
 _TEMPLATE_SIDE = 32
 _WORST_OVERLAP = 0.6  # the two most alike shapes overlap by 0.8, a blot by less than this
 _POSITION_TOLERANCE = 13.0  # half the way from the centre to any other position
@@ -135,8 +145,14 @@ def _read_position(x: float, y: float) -> str | None:
     return nearest if distances[nearest] <= _POSITION_TOLERANCE else None
 
 
-def read_picture(picture: np.ndarray) -> Reading:
-    """Read a uint8 picture (height, width, 3) of any size; distances are scaled to 128 pixels."""
+def foreground(
+    picture: np.ndarray, distance: float = _FOREGROUND_DISTANCE
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels (128, 128, 3) of a uint8 picture, its ground's colour (3), where the shape is (128, 128).
+
+    Raises:
+        ValueError: it is no uint8 picture (height, width, 3).
+    """
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"expected uint8 (height, width, 3), got {picture.dtype} {picture.shape}")
     side = (PICTURE_SIZE, PICTURE_SIZE)
@@ -144,8 +160,48 @@ def read_picture(picture: np.ndarray) -> Reading:
         picture = np.asarray(Image.fromarray(picture).resize(side, Image.Resampling.BOX))
     pixels = picture.astype(np.float32)
     ground = _border_colour(pixels)
+    return pixels, ground, _largest_component(np.linalg.norm(pixels - ground, axis=2) > distance)
+
+
+def has_frame(picture: np.ndarray) -> bool:
+    """Whether a uint8 picture (128, 128, 3) has a whole frame in the colour of its shape."""
+    ring = picture[border_ring(0, FRAME_WIDTH - 1)].astype(np.float32)
+    colour = np.median(ring, axis=0)
+    alike = np.linalg.norm(ring - colour, axis=1) < _FOREGROUND_DISTANCE
+    name, shown = _nearest_colour(colour), read_picture(without_frame(picture))
+    return bool(alike.mean() >= _WHOLE_FRAME and name == shown.colour and name != shown.background)
+
+
+def without_frame(picture: np.ndarray) -> np.ndarray:
+    """The uint8 picture (128, 128, 3) with the ground's colour where a frame is or could be."""
+    width = FRAME_WIDTH + _FRAME_BLUR
+    bare = picture.copy()
+    bare[border_ring(0, width)] = np.median(picture[border_ring(width, width + 4)], axis=0)
+    return bare
+
+
+def inside(edges: np.ndarray) -> np.ndarray:
+    """The area (128, 128) that the line of an edge picture encloses, up to the middle of the line.
+
+    Args:
+        edges: uint8 (height, width, 3), a closed white line on black.
+    """
+    _, _, line = foreground(edges, _LINE_DISTANCE)
+    enclosed = ~_largest_component(np.pad(~line, 1, constant_values=True))[1:-1, 1:-1] & ~line
+    padded = np.pad(enclosed, 1)  # one pixel more on every side: half of the line
+    return padded[1:-1, 1:-1] | padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
+
+
+def edge_overlap(edges: np.ndarray, picture: np.ndarray) -> float:
+    """Intersection over union, 0 to 1, of what edges enclose and the shape in a picture, both uint8."""
+    wanted, (_, _, drawn) = inside(edges), foreground(picture)
+    return float((wanted & drawn).sum() / max(1, (wanted | drawn).sum()))
+
+
+def read_picture(picture: np.ndarray) -> Reading:
+    """Read a uint8 picture (height, width, 3) of any size; distances are scaled to 128 pixels."""
+    pixels, ground, mask = foreground(picture)
     background = _nearest_colour(ground)
-    mask = _largest_component(np.linalg.norm(pixels - ground, axis=2) > _FOREGROUND_DISTANCE)
     if mask.sum() < _SMALLEST_SHAPE:
         return Reading(None, None, None, background, None)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -185,12 +241,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("picture", type=Path)
     parser.add_argument("caption")
+    parser.add_argument("--framed", action="store_true", help="it must be in the demo LoRA's style")
+    parser.add_argument("--edges", type=Path, help="the picture of edges that the shape must fill")
     options = parser.parse_args(arguments)
-    picture = np.asarray(Image.open(options.picture).convert("RGB"))
-    verdict = judge(options.caption, picture)
+    picture = _read_file(options.picture)
+    extra = {}
+    if options.framed:
+        extra["frame"] = has_frame(picture)
+        picture = without_frame(picture)
+    verdict = {**judge(options.caption, picture), **extra}
+    if options.edges:
+        overlap = edge_overlap(_read_file(options.edges), picture)
+        print(f"IoU of edges and shape: {overlap:.3f}")
+        verdict |= {"position": True, "size": True, "edges": overlap >= FOLLOWED}
     print(read_picture(picture))
     print("  ".join(f"{name}: {'right' if ok else 'WRONG'}" for name, ok in verdict.items()))
     return 0 if all(verdict.values()) else 1
+
+
+def _read_file(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ POSITIONS: dict[str, tuple[int, int]] = {
 }
 HELD_OUT_COUNT = 50
 HELD_OUT_SEED = 1234
+# Pixels: the frame that the demo LoRA draws, one cell of the autoencoder's. The autoencoder
+# knows no colours but the palette's, so that a style cannot be one of other colours.
+FRAME_WIDTH = 8
+EDGE_WIDTH = 7 / 3  # pixels: the line of an edge picture
 _SUPERSAMPLING = 3
 
 _CAPTION = re.compile(
@@ -58,6 +62,15 @@ class Scene:
     position: str | None = None
     background: str | None = None
     size: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a shape is and how large, in pixels of a 128 pixel picture: its centre and its radius."""
+
+    x: float
+    y: float
+    radius: float
 
 
 def _with_article(noun_phrase: str) -> str:
@@ -132,17 +145,68 @@ def _jittered(colour: str, rng: random.Random, spread: int) -> tuple[int, ...]:
     return tuple(min(255, max(0, c + rng.randint(-spread, spread))) for c in COLOURS[colour])
 
 
-def draw_picture(scene: Scene, rng: random.Random) -> np.ndarray:
-    """A uint8 picture (128, 128, 3) of a fully described scene, with small natural variation."""
+def draw_picture(scene: Scene, rng: random.Random, framed: bool = False) -> np.ndarray:
+    """A uint8 picture (128, 128, 3) of a fully described scene, with small natural variation.
+
+    `framed` adds a frame in the shape's colour: the style of the demo LoRA.
+    """
     if not (scene.position and scene.background and scene.size):
         raise ValueError(f"only a fully described scene can be drawn, not {scene}")
-    side = PICTURE_SIZE * _SUPERSAMPLING
-    picture = Image.new("RGB", (side, side), _jittered(scene.background, rng, 6))
+    ground = _jittered(scene.background, rng, 6)
     radius = SIZES[scene.size] * rng.uniform(0.94, 1.06)
     x, y = (PICTURE_SIZE / 2 + offset + rng.uniform(-3, 3) for offset in POSITIONS[scene.position])
-    outline = [
-        ((x + radius * u) * _SUPERSAMPLING, (y + radius * v) * _SUPERSAMPLING)
-        for u, v in shape_outline(scene.shape)
+    colour = _jittered(scene.colour, rng, 6)
+    picture = _drawn(scene.shape, Place(x, y, radius), ground, colour)
+    if framed:
+        picture = np.array(picture)
+        picture[border_ring(0, FRAME_WIDTH)] = colour
+    return picture
+
+
+def border_ring(start: int, end: int) -> np.ndarray:
+    """Mask (128, 128) of the pixels that are `start` to `end` pixels away from the border."""
+    steps = np.minimum(np.arange(PICTURE_SIZE), np.arange(PICTURE_SIZE)[::-1])
+    distance = np.minimum(steps[:, None], steps)
+    return (distance >= start) & (distance < end)
+
+
+def draw_at(scene: Scene, place: Place, rng: random.Random) -> np.ndarray:
+    """A uint8 picture (128, 128, 3) of a scene's shape and colours, at a place that no caption names."""
+    ground = _jittered(scene.background, rng, 6)
+    return _drawn(scene.shape, place, ground, _jittered(scene.colour, rng, 6))
+
+
+def draw_edges(shape: str, place: Place) -> np.ndarray:
+    """The edge of a shape as a uint8 picture (128, 128, 3): a white line on black."""
+    side = PICTURE_SIZE * _SUPERSAMPLING
+    picture = Image.new("L", (side, side))
+    points = _enlarged_outline(shape, place)
+    width = round(EDGE_WIDTH * _SUPERSAMPLING)
+    ImageDraw.Draw(picture).line([*points, *points[:2]], fill=255, width=width, joint="curve")
+    reduced = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    return np.asarray(reduced.convert("RGB"))
+
+
+def place_near(scene: Scene, rng: random.Random) -> Place:
+    """A place that is roughly what the scene says, but that its caption does not tell; in the picture."""
+    radius = SIZES[scene.size] * rng.uniform(0.75, 1.2)
+    margin = radius + EDGE_WIDTH
+    x, y = (
+        min(max(PICTURE_SIZE / 2 + offset + rng.uniform(-18, 18), margin), PICTURE_SIZE - margin)
+        for offset in POSITIONS[scene.position]
+    )
+    return Place(x, y, radius)
+
+
+def _enlarged_outline(shape: str, place: Place) -> list[tuple[float, float]]:
+    return [
+        ((place.x + place.radius * u) * _SUPERSAMPLING, (place.y + place.radius * v) * _SUPERSAMPLING)
+        for u, v in shape_outline(shape)
     ]
-    ImageDraw.Draw(picture).polygon(outline, fill=_jittered(scene.colour, rng, 6))
+
+
+def _drawn(shape: str, place: Place, ground: tuple[int, ...], colour: tuple[int, ...]) -> np.ndarray:
+    side = PICTURE_SIZE * _SUPERSAMPLING
+    picture = Image.new("RGB", (side, side), ground)
+    ImageDraw.Draw(picture).polygon(_enlarged_outline(shape, place), fill=colour)
     return np.asarray(picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX))

@@ -57,6 +57,7 @@ MUON_RATE, ADAM_RATE = 2e-3, 1e-3
 _WARM_UP = 100
 
 Report = Callable[[str], None]
+Control = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]
 
 
 def training_caption(scene: Scene, rng: random.Random) -> str:
@@ -140,9 +141,8 @@ def encode_texts(
     return torch.cat([context, zeros], dim=1), pooled
 
 
-def build_optimizers(pipeline: StableDiffusion3Pipeline) -> list[torch.optim.Optimizer]:
+def build_optimizers(modules: Sequence[nn.Module]) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks (two to three times faster here), AdamW for the rest."""
-    modules = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
     named = [pair for module in modules for pair in module.named_parameters()]
     inner = [
         parameter.ndim == 2 and ("transformer_blocks." in name or ".layers." in name)
@@ -169,20 +169,30 @@ def rate_schedule(step: int, steps: int) -> float:
 
 
 def velocity_loss(
-    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, tokens: torch.Tensor, zeros: int
+    pipeline: StableDiffusion3Pipeline,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    zeros: int,
+    control: Control | None = None,
 ) -> torch.Tensor:
-    """Rectified flow: predict noise minus picture from a mixture of both."""
+    """Rectified flow: predict noise minus picture from a mixture of both.
+
+    Args:
+        control: from the mixture, 1000 * sigma and the context to the residuals of a ControlNet.
+    """
     u = torch.sigmoid(torch.randn(len(latents)))
     sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
     noise = torch.randn_like(latents)
     weight = sigma.view(-1, 1, 1, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         context, pooled = encode_texts(pipeline, tokens, zeros)
+        mixture = (1 - weight) * latents + weight * noise
         predicted = pipeline.transformer(
-            hidden_states=(1 - weight) * latents + weight * noise,
+            hidden_states=mixture,
             timestep=1000 * sigma,
             encoder_hidden_states=context,
             pooled_projections=pooled,
+            block_controlnet_hidden_states=control(mixture, 1000 * sigma, context) if control else None,
             return_dict=False,
         )[0]
     return (predicted.float() - (noise - latents)).square().mean()
@@ -210,7 +220,7 @@ def train_transformer(
     """Train transformer and text encoders; pauses four times with the average weights in place."""
     modules = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
     parameters = [p for module in modules for p in module.parameters()]
-    optimizers = build_optimizers(pipeline)
+    optimizers = build_optimizers(modules)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_schedule(step, steps))
         for optimizer in optimizers
@@ -270,6 +280,16 @@ def save_demo_model(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
         metadata={"format": "pt"},
     )
     pipeline.to(torch.float32)
+
+
+def load_demo_model(folder: Path) -> StableDiffusion3Pipeline:
+    """The pipeline that `save_demo_model` wrote below `folder`, in fp32 and with its weights frozen."""
+    absent = dict.fromkeys(("text_encoder_3", "tokenizer_3", "image_encoder", "feature_extractor"))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "pipeline", **absent).to(torch.float32)
+    for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def make_vae(scenes: Sequence[Scene], steps: int, report: Report) -> AutoencoderKL:

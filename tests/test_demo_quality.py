@@ -9,6 +9,8 @@ import pytest
 import torch
 from check_demo_pictures import held_out_captions, score
 
+from comfy_xdit import headless
+from comfy_xdit.lora import add_lora
 from comfy_xdit.messages import Sample
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
@@ -24,8 +26,8 @@ LAYOUTS = {
 }
 
 
-def draw(captions: list[str], parallel: ParallelConfig) -> list[np.ndarray]:
-    """Pictures (H, W, 3), uint8, of all captions."""
+def draw(captions: list[str], parallel: ParallelConfig, lora: str | None = None) -> list[np.ndarray]:
+    """Pictures (H, W, 3), uint8, of all captions; with a LoRA at strength 1 where one is named."""
     model, text, vae = (
         handle(ModelSpec.of(PIPELINE, kind), parallel)
         for handle, kind in (
@@ -33,6 +35,8 @@ def draw(captions: list[str], parallel: ParallelConfig) -> list[np.ndarray]:
         )
     )  # fmt: skip
     info = model.load()
+    if lora is not None:
+        model, _ = add_lora(model, lora, 1.0, headless)
     sampling = Sampling.of(info)
     scale = info["latent_format"]
 
@@ -54,6 +58,7 @@ def draw(captions: list[str], parallel: ParallelConfig) -> list[np.ndarray]:
             positive=conditions(part),
             negative=conditions([""] * len(part)),
             multiplier=sampling.multiplier,
+            patches=model.patches,
         )
         latent = model.sample(request) / scale["scale_factor"] + scale["shift_factor"]
         pictures += list((vae.decode(latent) * 255).round().to(torch.uint8).numpy())

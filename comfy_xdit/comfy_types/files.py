@@ -15,6 +15,7 @@ from comfy_xdit.errors import InvalidInput
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -33,13 +34,13 @@ def diffusion_model_path(name: str) -> Path:
 
 
 def loras() -> list[str]:
-    """Names for a widget: the files in models/loras."""
-    return folder_paths.get_filename_list("loras")
+    """Names for a widget: the files in models/loras, then the demo's."""
+    return folder_paths.get_filename_list("loras") + _present(DEMO_LORAS)
 
 
 def lora_path(name: str) -> Path:
     """The file behind a name of `loras`. Raises InvalidInput if there is none."""
-    return _path("LoRA", "loras", name)
+    return _path("LoRA", "loras", name, DEMO_LORAS)
 
 
 def control_nets() -> list[str]:

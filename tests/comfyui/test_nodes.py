@@ -50,9 +50,11 @@ def test_demo_is_among_the_choices_of_the_loaders(comfyui):
         pytest.skip("no demo model")
     pipelines = comfyui.mappings["XDiTLoadPipeline"].INPUT_TYPES()["required"]["pipeline"][0]
     files = comfyui.mappings["XDiTLoadDiffusionModel"].INPUT_TYPES()["required"]["unet_name"][0]
+    loras = comfyui.mappings["XDiTLoraLoader"].INPUT_TYPES()["required"]["lora_name"][0]
 
     assert "demo (comfy_xdit)" in pipelines
     assert "demo_sd3 (comfy_xdit).safetensors" in files
+    assert "demo_framed (comfy_xdit).safetensors" in loras
 
 
 def test_parallel_config_is_checked_by_its_node(run_node):
