@@ -57,6 +57,10 @@ def random(*shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def pair(comfyui: SimpleNamespace) -> SimpleNamespace:
+    return kl(comfyui)
+
+
+def kl(comfyui: SimpleNamespace) -> SimpleNamespace:
     """A tiny VAE of pictures: the stock one, and the name of its file."""
     import comfy.sd
 
