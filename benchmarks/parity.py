@@ -167,6 +167,7 @@ xfuser's own wrappers are silently wrong where text or image tokens do not divid
 B5); here padding is cut away between the Ulysses exchange and the attention. PipeFusion is measured here
 with warm-up in every step; it runs whole loops only, so one call is a run of one Euler step.
 
+{adapters}
 {drift}"""
 
 
@@ -175,11 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, default=Path(__file__).parent.parent / "docs" / "parity.md")
     arguments = parser.parse_args()
-    from benchmarks import pipefusion  # it builds on this module
+    from benchmarks import adapters, pipefusion  # they build on this module
 
     with tempfile.TemporaryDirectory() as folder:
-        text = table(tiny.write_models(Path(folder)), LAYOUTS | PIPELINES | SHARDED)
+        models = tiny.write_models(Path(folder))
+        text = table(models, LAYOUTS | PIPELINES | SHARDED)
         wide = table(tiny.write_models(Path(folder) / "wide", **tiny.WIDE), WIDE)
+        added = adapters.section(Path(folder) / "adapters", models)
         drift = pipefusion.section(Path(folder))
     sizes = ", ".join(f"{s.name} ({s.height}, {s.width}, {s.text}, {s.batch})" for s in SIZES)
     page = PAGE.format(
@@ -192,6 +195,7 @@ def main() -> None:
         table=text,
         wide=wide,
         sizes=sizes,
+        adapters=added,
         drift=drift,
     )
     arguments.write.write_text(page)
