@@ -41,15 +41,19 @@ class ModelStore:
         self._models: OrderedDict[ModelSpec, Model] = OrderedDict()
         self.loads = 0  # how many models were ever read from disk
 
-    def require(self, spec: Any, open_model: Callable[[], Model] | None = None) -> Model:
+    def require(
+        self, spec: Any, open_model: Callable[[], Model] | None = None, keep: ModelSpec | None = None
+    ) -> Model:
         """The loaded model of this spec; `open_model` opens it in place of the store's own.
+
+        What is loaded beside a model must not cost that model: `keep`.
 
         A file is checked before a model makes room for it, and read after: a bad file costs nothing
         that is loaded, and what goes is gone before the new one comes.
         """
         if spec not in self._models:
             model = self._open(spec) if open_model is None else open_model()
-            self.make_room(model.nbytes)
+            self.make_room(model.nbytes, keep)
             model.load()
             self.loads += 1
             self._models[spec] = model
