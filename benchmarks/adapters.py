@@ -25,10 +25,10 @@ TEXT, BATCH = 9, 2
 TEXT_ABOUT = """## LoRA, ControlNet and IP-Adapter
 
 One transformer call with the adapter, as above: relative L2, fp32, against plain diffusers on one rank, which
-loads the same weights ({tokens} image and {text} text tokens, {batch} pictures). Random adapters in the formats
-of kohya (LoRA), InstantX (ControlNets, the union's mode 2; IP-Adapter of SD3) and XLabs (IP-Adapter of FLUX.1).
-Held by `tests/test_lora_loader.py`, `test_controlnet_ranks.py` and `test_ip_adapter.py`, with strengths,
-stacks, whole runs, and the base model's bits afterwards.
+loads the same weights ({tokens} image and {text} text tokens, {batch} pictures). Random adapters in the
+formats of kohya (LoRA), InstantX (ControlNets, the union's mode 2; IP-Adapter of SD3) and XLabs (IP-Adapter
+of FLUX.1). Held by `tests/test_lora_loader.py`, `test_controlnet_ranks.py` and `test_ip_adapter.py`, with
+strengths, stacks, whole runs, and the base model's bits afterwards.
 
 {table}
 """

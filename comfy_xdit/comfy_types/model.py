@@ -137,32 +137,31 @@ def _send_calls_to(remote: RemoteModel, twin: Any) -> None:
     name = "_forward" if hasattr(transformer, "_forward") else "forward"
     signature = inspect.signature(getattr(transformer, name))
 
-    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
-        given = _arguments(signature, args, kwargs, twin)
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = _arguments(signature, args, kwargs)
+        call = {name: value for name, value in given._asdict().items() if name != "options"}
+        call["image_prompts"], call["negative"] = _pictures(given, twin)
         raise_if_interrupted()
         with interruptible():
-            out = remote.denoise(**given._asdict(), interrupted=interrupted)
+            out = remote.denoise(**call, interrupted=interrupted)
         return out.to(device=given.x.device, dtype=given.x.dtype)
 
     # An instance attribute: nn.Module.__setattr__ would do the same, more slowly.
-    object.__setattr__(transformer, name, call)
+    object.__setattr__(transformer, name, forward)
 
 
 class _Arguments(NamedTuple):
-    """What one call of the transformer says, in the terms of `RemoteModel.denoise`."""
+    """What one call of the transformer says."""
 
     x: torch.Tensor
     timestep: torch.Tensor
     conditions: dict[str, Any]
     control: dict[str, list[torch.Tensor | None]] | None
     nets: tuple[AppliedControlNet, ...]
-    image_prompts: tuple[ImagePrompt, ...]
-    negative: list[bool]
+    options: Mapping[str, Any]  # transformer_options, whole
 
 
-def _arguments(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], twin: Any
-) -> _Arguments:
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
     """The arguments of one call, under the names the transformer's class gives them.
 
     Raises:
@@ -188,18 +187,16 @@ def _arguments(
             "a ControlNet was given prompts of different length in one batch, which it cannot tell from "
             "padding. Apply the ControlNet to positive and negative with 'Apply ControlNet' (advanced)."
         )
-    return _Arguments(x, timestep, conditions, control, nets, *_pictures(all_options, x, timestep, twin))
+    return _Arguments(x, timestep, conditions, control, nets, all_options)
 
 
-def _pictures(
-    options: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, twin: Any
-) -> tuple[tuple[ImagePrompt, ...], list[bool]]:
+def _pictures(given: _Arguments, twin: Any) -> tuple[tuple[ImagePrompt, ...], list[bool]]:
     """The pictures that count in this call, and which rows do not see them."""
-    if not options.get(PICTURES):
+    pictures = given.options.get(PICTURES)
+    if not pictures:
         return (), []
-    sampling = twin.model_sampling  # of the run: a node may have changed it
-    sigmas = options.get("sigmas")
-    sigma = float((sampling.sigma(timestep) if sigmas is None else sigmas).flatten()[0])
-    prompts = at_sigmas(options[PICTURES], sampling.percent_to_sigma)
-    negative = negative_rows(options.get("cond_or_uncond"), x.shape[0])
+    sampling, sigmas = twin.model_sampling, given.options.get("sigmas")  # of the run: a node may change it
+    sigma = float((sampling.sigma(given.timestep) if sigmas is None else sigmas).flatten()[0])
+    prompts = at_sigmas(pictures, sampling.percent_to_sigma)
+    negative = negative_rows(given.options.get("cond_or_uncond"), len(given.x))
     return tuple(prompt for prompt in prompts if prompt.acts(sigma)), negative

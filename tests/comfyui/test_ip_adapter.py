@@ -100,12 +100,14 @@ def sampled(
     return latent["samples"]
 
 
-def by_diffusers(case: SimpleNamespace, cfg: float, start: float = 0.0, end: float = 1.0) -> torch.Tensor:
+def by_diffusers(
+    case: SimpleNamespace, cfg: float, start: float = 0.0, end: float = 1.0, sampled_as: Any = None
+) -> torch.Tensor:
     """The run by hand: Euler over plain diffusers, with ComfyUI's noise and noise levels."""
     import comfy.sample
     import comfy.samplers
 
-    sampling = case.stock.get_model_object("model_sampling")
+    sampling = (sampled_as or case.stock).get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
     noise = comfy.sample.prepare_noise(empty_latent(1, HEIGHT, WIDTH)["samples"], 7)
     first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
@@ -148,6 +150,28 @@ def test_a_range_of_steps_equals_diffusers_by_either_sampler(case, run_node):
     model = applied(case, run_node, start=0.25, end=0.7)
     for node in SAMPLERS:
         assert relative_l2(sampled(case, run_node, model, node), expected) <= PER_RUN, node
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+def test_a_model_sampling_node_counts_wherever_it_stands(case, run_node, before):
+    """It moves the noise levels, and with them the steps of a range."""
+    changed = SimpleNamespace(**vars(case))
+    if before:
+        changed.ours = shifted(case, run_node, case.ours)
+    model = applied(changed, run_node, start=0.25, end=0.7)
+    model = model if before else shifted(case, run_node, model)
+    with torch.inference_mode(False):
+        expected = by_diffusers(case, 3.0, 0.25, 0.7, model)
+    for node in SAMPLERS:
+        assert relative_l2(sampled(case, run_node, model, node), expected) <= PER_RUN, node
+
+
+def shifted(case: SimpleNamespace, run_node: Any, model: Any) -> Any:
+    """`model` behind the family's node for noise levels."""
+    if case.options:
+        widgets = {"max_shift": 2.0, "base_shift": 0.5, "width": 2048, "height": 2048}
+        return run_node("ModelSamplingFlux", model=model, **widgets)[0]
+    return run_node("ModelSamplingSD3", model=model, shift=8.0)[0]
 
 
 def test_a_batch_of_odd_size_with_prompts_of_two_lengths(case, run_node):
