@@ -43,7 +43,7 @@ from tests.test_demo_quality import draw
 
 CAPTIONS = held_out_captions()[:30]
 (LORA,), (NET,) = DEMO_LORAS, DEMO_CONTROL_NETS
-LEAST_OVERLAP, LEAST_FOLLOWED = 0.7, 0.6
+LEAST_OVERLAP, LEAST_FOLLOWED = 0.85, 0.9
 API = ROOT / "workflows" / "api"
 ONE_RANK = ("1.strategy=manual", "1.devices=cpu")
 LAYOUTS = {
