@@ -34,6 +34,9 @@ DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+DEMO_CONTROL_NETS = {
+    "demo_edges (comfy_xdit).safetensors": DEMO / "controlnet" / "diffusion_pytorch_model.safetensors"
+}
 DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
 
 ShowStep = Callable[[int, int], None]  # (steps done, steps)
@@ -245,13 +248,13 @@ def lora_path(name: str) -> Path:
 
 
 def control_nets() -> Names:
-    """Names for a widget: files below XDIT_MODELS_DIR/controlnet, then the diffusers folders in it."""
+    """Names for a widget: files below XDIT_MODELS_DIR/controlnet, the diffusers folders in it, the demo's."""
     folders = [
         config.parent.relative_to(folder).as_posix()
         for folder in _folders("controlnet")
         for config in folder.rglob("*/config.json")
     ]
-    return Names(sorted(_below("controlnet")) + sorted(folders))
+    return Names(sorted(_below("controlnet")) + sorted(folders) + _present(DEMO_CONTROL_NETS))
 
 
 def control_net_path(name: str) -> Path:
@@ -260,7 +263,8 @@ def control_net_path(name: str) -> Path:
     Raises:
         InvalidInput: there is none.
     """
-    for path in [*(f / name for f in _folders("controlnet")), Path(name)]:
+    demo = DEMO_CONTROL_NETS.get(name)
+    for path in [*([demo] if demo else []), *(f / name for f in _folders("controlnet")), Path(name)]:
         if path.exists():
             return path
     raise InvalidInput(

@@ -66,7 +66,7 @@ def run_file(
     Args:
         settings: `id.input=value` each, put into the workflow before it runs.
         output: folder for pictures; made when it is not there.
-        inputs: folders where LoadImage looks, before the current one and the workflow's own.
+        inputs: folders where LoadImage looks, before the current one, the workflow's own and the demo's.
         quiet: show no progress.
 
     Raises:
@@ -77,7 +77,7 @@ def run_file(
     workflow = read_workflow(path, classes)
     for setting in settings:
         override(workflow.api, setting, classes)
-    folders = Folders(output, (*inputs, Path(), path.resolve().parent))
+    folders = Folders(output, (*inputs, Path(), path.resolve().parent, headless.DEMO))
     return run(workflow, folders, classes, quiet)
 
 

@@ -57,7 +57,6 @@ MUON_RATE, ADAM_RATE = 2e-3, 1e-3
 _WARM_UP = 100
 
 Report = Callable[[str], None]
-Control = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]
 
 
 def training_caption(scene: Scene, rng: random.Random) -> str:
@@ -168,31 +167,26 @@ def rate_schedule(step: int, steps: int) -> float:
     return warm_up * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def velocity_loss(
-    pipeline: StableDiffusion3Pipeline,
-    latents: torch.Tensor,
-    tokens: torch.Tensor,
-    zeros: int,
-    control: Control | None = None,
-) -> torch.Tensor:
-    """Rectified flow: predict noise minus picture from a mixture of both.
+def noise_levels(count: int) -> torch.Tensor:
+    """Random sigmas (count): logit-normal, shifted."""
+    u = torch.sigmoid(torch.randn(count))
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
 
-    Args:
-        control: from the mixture, 1000 * sigma and the context to the residuals of a ControlNet.
-    """
-    u = torch.sigmoid(torch.randn(len(latents)))
-    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+
+def velocity_loss(
+    pipeline: StableDiffusion3Pipeline, latents: torch.Tensor, tokens: torch.Tensor, zeros: int
+) -> torch.Tensor:
+    """Rectified flow: predict noise minus picture from a mixture of both."""
+    sigma = noise_levels(len(latents))
     noise = torch.randn_like(latents)
     weight = sigma.view(-1, 1, 1, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         context, pooled = encode_texts(pipeline, tokens, zeros)
-        mixture = (1 - weight) * latents + weight * noise
         predicted = pipeline.transformer(
-            hidden_states=mixture,
+            hidden_states=(1 - weight) * latents + weight * noise,
             timestep=1000 * sigma,
             encoder_hidden_states=context,
             pooled_projections=pooled,
-            block_controlnet_hidden_states=control(mixture, 1000 * sigma, context) if control else None,
             return_dict=False,
         )[0]
     return (predicted.float() - (noise - latents)).square().mean()

@@ -1,4 +1,4 @@
-"""The shipped LoRA does to the demo model's pictures what it should, under every method."""
+"""The shipped LoRA and ControlNet do to the demo model's pictures what they should, under every method."""
 
 from __future__ import annotations
 
@@ -7,26 +7,43 @@ import random
 import check_demo_pictures
 import numpy as np
 import pytest
-from check_demo_pictures import has_frame, held_out_captions, score, without_frame
+from check_demo_pictures import (
+    FOLLOWED,
+    edge_overlap,
+    has_frame,
+    held_out_captions,
+    judge,
+    score,
+    without_frame,
+)
 from demo_pictures import (
     COLOURS,
     FRAME_WIDTH,
+    Place,
     Scene,
     all_scenes,
     border_ring,
     caption_of,
+    draw_at,
+    draw_edges,
     draw_picture,
+    place_near,
 )
+from diffusers import SD3ControlNetModel
 from PIL import Image
+from train_demo_controlnet import CFG as NET_CFG
+from train_demo_controlnet import EXAMPLE, held_out_tasks, overlaps
+from train_demo_model import load_demo_model
 
 from comfy_xdit.environment import ROOT
-from comfy_xdit.headless import DEMO_LORAS
+from comfy_xdit.headless import DEMO_CONTROL_NETS, DEMO_LORAS
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.workflow import run_file
 from tests.test_demo_quality import draw
 
 CAPTIONS = held_out_captions()[:30]
-(LORA,) = DEMO_LORAS
+(LORA,), (NET,) = DEMO_LORAS, DEMO_CONTROL_NETS
+LEAST_OVERLAP, LEAST_FOLLOWED = 0.85, 0.9
 API = ROOT / "workflows" / "api"
 ONE_RANK = ("1.strategy=manual", "1.devices=cpu")
 LAYOUTS = {
@@ -62,6 +79,65 @@ def test_the_workflow_is_framed_with_either_node_and_plain_at_strength_0(tmp_pat
     without = picture(tmp_path / "lora.json", tmp_path, "10.strength_model=0")
     assert np.array_equal(without, picture(API / "demo.json", tmp_path))
     assert not has_frame(without)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> tuple[list[str], list[np.ndarray]]:
+    """30 captions that no training picture had, and edges beside the places that they name."""
+    captions, edges = zip(*held_out_tasks(), strict=True)
+    return list(captions), list(edges)
+
+
+# PipeFusion refuses ControlNets that run in the ranks.
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "pipefusion 2"])
+def test_shapes_follow_the_edges(layout, tasks, capsys):
+    captions, edges = tasks
+    pictures = draw(captions, LAYOUTS[layout], net=NET, hints=edges, cfg=NET_CFG)
+    found = np.array([edge_overlap(*pair) for pair in zip(edges, pictures, strict=True)])
+    content = score(captions, pictures)
+    with capsys.disabled():
+        print(f"\n{layout}: {said(found)}  {content}", end="")
+    assert found.mean() >= LEAST_OVERLAP
+    assert (found >= FOLLOWED).mean() >= LEAST_FOLLOWED
+    assert content.colour >= 0.9 and content.background >= 0.9, content
+
+
+def test_without_the_controlnet_they_do_not(tasks, capsys):
+    captions, edges = tasks
+    found = np.array(
+        [
+            edge_overlap(*pair)
+            for pair in zip(edges, draw(captions, ParallelConfig(), cfg=NET_CFG), strict=True)
+        ]
+    )
+    with capsys.disabled():
+        print(f"\nwithout: {said(found)}", end="")
+    assert found.mean() <= LEAST_OVERLAP - 0.2
+    assert (found >= FOLLOWED).mean() <= 0.2
+
+
+def said(found: np.ndarray) -> str:
+    """Intersections over union in words."""
+    share = 100 * (found >= FOLLOWED).mean()
+    return f"IoU {found.mean():.3f}, lowest {found.min():.2f}, {share:.1f} % at least {FOLLOWED}"
+
+
+def test_the_file_is_what_diffusers_loads_and_its_pictures_follow_edges_there(tasks):
+    """The shipped folder in diffusers' own pipeline: the reference for what the ranks draw."""
+    pipeline = load_demo_model(ROOT / "assets" / "demo")
+    controlnet = SD3ControlNetModel.from_pretrained(ROOT / "assets" / "demo" / "controlnet").float()
+    assert overlaps(pipeline, controlnet).mean() >= LEAST_OVERLAP
+
+
+def test_the_controlnet_workflow_draws_the_shape_in_the_edges(tmp_path):
+    drawn = picture(API / "demo_controlnet.json", tmp_path)
+    with Image.open(ROOT / "assets" / "demo" / EXAMPLE) as image:
+        edges = np.asarray(image)
+    assert edge_overlap(edges, drawn) >= FOLLOWED
+    judged = judge("a yellow triangle on a purple background", drawn)
+    assert judged["shape"] and judged["colour"] and judged["background"]
+    nets = [f"{node}.strength=0" for node in ("12", "13")]
+    assert edge_overlap(edges, picture(API / "demo_controlnet.json", tmp_path, *nets)) < FOLLOWED
 
 
 def picture(workflow, folder, *settings: str) -> np.ndarray:
@@ -108,3 +184,24 @@ def test_the_command_line_asks_for_the_frame(tmp_path, capsys):
         Image.fromarray(draw_picture(scene, random.Random(3), framed)).save(path)
         assert check_demo_pictures.main([path, caption_of(scene), "--framed"]) == status
     assert "frame: WRONG" in capsys.readouterr().out
+
+
+def test_the_checker_measures_how_edges_are_filled():
+    rng = random.Random(4)
+    for scene in rng.sample(all_scenes(), 40):
+        place = place_near(scene, rng)
+        edges = draw_edges(scene.shape, place)
+        assert edge_overlap(edges, draw_at(scene, place, rng)) >= 0.8
+        assert edge_overlap(edges, draw_at(scene, Place(place.x, place.y, place.radius / 2), rng)) < 0.4
+        assert edge_overlap(edges, np.full((128, 128, 3), 200, np.uint8)) == 0
+
+
+def test_the_command_line_asks_for_the_edges(tmp_path, capsys):
+    scene, place = Scene("red", "circle", None, "blue", None), Place(50, 80, 25)
+    paths = [str(tmp_path / name) for name in ("picture.png", "edges.png")]
+    Image.fromarray(draw_edges("circle", place)).save(paths[1])
+    for x, status in ((50, 0), (70, 1)):
+        Image.fromarray(draw_at(scene, Place(x, 80, 25), random.Random(5))).save(paths[0])
+        words = "a large red circle at the top on a blue background"
+        assert check_demo_pictures.main([paths[0], words, "--edges", paths[1]]) == status
+    assert "edges: WRONG" in capsys.readouterr().out

@@ -11,11 +11,11 @@ from check_demo_pictures import held_out_captions, score
 
 from comfy_xdit import headless
 from comfy_xdit.lora import add_lora
-from comfy_xdit.messages import Sample
+from comfy_xdit.messages import AppliedControlNet, Sample
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
 from comfy_xdit.schedulers import Sampling, sigmas_of
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.spec import ControlNet, ModelSpec
 
 PIPELINE = Path(__file__).parent.parent / "assets" / "demo" / "pipeline"
 BATCH, STEPS, CFG, SEED = 25, 20, 3.0, 1
@@ -26,8 +26,19 @@ LAYOUTS = {
 }
 
 
-def draw(captions: list[str], parallel: ParallelConfig, lora: str | None = None) -> list[np.ndarray]:
-    """Pictures (H, W, 3), uint8, of all captions; with a LoRA at strength 1 where one is named."""
+def draw(
+    captions: list[str],
+    parallel: ParallelConfig,
+    lora: str | None = None,
+    net: str | None = None,
+    hints: list[np.ndarray] | None = None,
+    cfg: float = CFG,
+) -> list[np.ndarray]:
+    """Pictures (H, W, 3), uint8, of all captions; with the LoRA and the ControlNet named, at strength 1.
+
+    Args:
+        hints: (H, W, 3), uint8, one per caption, for the ControlNet.
+    """
     model, text, vae = (
         handle(ModelSpec.of(PIPELINE, kind), parallel)
         for handle, kind in (
@@ -44,9 +55,15 @@ def draw(captions: list[str], parallel: ParallelConfig, lora: str | None = None)
         encoded = [text.encode({name: [[(p, 1.0)]] for name in ("l", "g")}) for p in prompts]
         return {"context": torch.cat([c for c, _ in encoded]), "y": torch.cat([p for _, p in encoded])}
 
+    def nets(start: int) -> tuple[AppliedControlNet, ...]:
+        if net is None:
+            return ()
+        part = torch.from_numpy(np.stack(hints[start : start + BATCH])).float() / 255
+        return (AppliedControlNet(ControlNet.of(headless.control_net_path(net)), vae.encode(part), 1.0),)
+
     pictures = []
     for start in range(0, len(captions), BATCH):
-        part = captions[start : start + BATCH]
+        part, control = captions[start : start + BATCH], nets(start)
         noise = torch.randn(len(part), 16, 16, 16, generator=torch.Generator().manual_seed(SEED + start))
         request = Sample(
             spec=model.spec,
@@ -54,11 +71,13 @@ def draw(captions: list[str], parallel: ParallelConfig, lora: str | None = None)
             sigmas=sigmas_of(sampling, "simple", STEPS, 1.0),
             latent=torch.zeros_like(noise),
             noise=noise,
-            cfg=CFG,
+            cfg=cfg,
             positive=conditions(part),
             negative=conditions([""] * len(part)),
             multiplier=sampling.multiplier,
             patches=model.patches,
+            positive_nets=control,
+            negative_nets=control,
         )
         latent = model.sample(request) / scale["scale_factor"] + scale["shift_factor"]
         pictures += list((vae.decode(latent) * 255).round().to(torch.uint8).numpy())

@@ -302,7 +302,7 @@ def test_a_ui_node_that_is_not_known_is_named():
         api_of(ui_graph(ui_node(5, "Subtract")), CLASSES)
 
 
-@pytest.mark.parametrize("name", ["demo.json", "api/demo.json", "demo_lora.json"])
+@pytest.mark.parametrize("name", ["demo.json", "api/demo.json", "demo_lora.json", "demo_controlnet.json"])
 def test_the_demo_in_both_formats_is_one_workflow(name):
     classes = node_classes()
     api = read_workflow(ROOT / "workflows" / "api" / name.removeprefix("api/"), classes).api

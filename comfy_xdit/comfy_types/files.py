@@ -15,6 +15,9 @@ from comfy_xdit.errors import InvalidInput
 DEMO = ROOT / "assets" / "demo"
 DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
 DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
+DEMO_CONTROL_NETS = {
+    "demo_edges (comfy_xdit).safetensors": DEMO / "controlnet" / "diffusion_pytorch_model.safetensors"
+}
 DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
 DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 INDEX = "model_index.json"
@@ -44,13 +47,13 @@ def lora_path(name: str) -> Path:
 
 
 def control_nets() -> list[str]:
-    """Names for a widget: the files in models/controlnet, then the diffusers folders in it."""
+    """Names for a widget: the files in models/controlnet, the diffusers folders in it, the demo's."""
     folders = set()
     for root in folder_paths.get_folder_paths("controlnet"):
         for folder, _, files in os.walk(root, followlinks=True):
             if CONFIG in files and folder != root:
                 folders.add(os.path.relpath(folder, root))
-    return folder_paths.get_filename_list("controlnet") + sorted(folders)
+    return folder_paths.get_filename_list("controlnet") + sorted(folders) + _present(DEMO_CONTROL_NETS)
 
 
 def control_net_path(name: str) -> Path:
@@ -58,7 +61,7 @@ def control_net_path(name: str) -> Path:
     for root in folder_paths.get_folder_paths("controlnet"):
         if (folder := Path(root) / name) != Path(root) and (folder / CONFIG).is_file():
             return folder
-    return _path("ControlNet", "controlnet", name)
+    return _path("ControlNet", "controlnet", name, DEMO_CONTROL_NETS)
 
 
 def ip_adapters() -> list[str]:
