@@ -47,7 +47,8 @@ Interrupt = Callable[[], bool]
 REMEMBERED_BYTES = 4096
 REMEMBERED_TENSORS = 16
 RETRY_TILES = (512, 256)  # pixels: the first one at most half of what a rank could not do
-_HINTS = "hints of ControlNets"  # beside the conditions, so that both are remembered alike
+# Beside the conditions, so that all are remembered alike.
+_HINTS, _EMBEDS = "hints of ControlNets", "encoded pictures"
 _names = itertools.count(1)
 _log = logging.getLogger(__name__)
 # Of all handles of a layout: its ranks hold one store of patch sets, named by content.
@@ -207,13 +208,12 @@ class RemoteModel(Remote):
         check_files(image_prompts)
 
         def message(generation: int) -> Denoise:
-            referred = self.sent.refer({**conditions, _HINTS: [net.hint for net in nets]}, generation)
-            hinted = tuple(
-                replace(net, hint=hint) for net, hint in zip(nets, referred.pop(_HINTS), strict=True)
-            )
+            added = {_HINTS: [net.hint for net in nets], _EMBEDS: [p.embeds for p in image_prompts]}
+            referred = self.sent.refer({**conditions, **added}, generation)
+            hints, embeds = referred.pop(_HINTS), referred.pop(_EMBEDS)
+            hinted = tuple(replace(net, hint=hint) for net, hint in zip(nets, hints, strict=True))
+            pictures = tuple(replace(p, embeds=e) for p, e in zip(image_prompts, embeds, strict=True))
             patches = _sent_patches[self.parallel].refer(self.patches, generation)
-            embeds = self.sent.refer({str(i): p.embeds for i, p in enumerate(image_prompts)}, generation)
-            pictures = tuple(replace(p, embeds=embeds[str(i)]) for i, p in enumerate(image_prompts))
             forget = self.sent.take_forgotten()
             return Denoise(
                 self.spec, x, timestep, referred, forget, control, patches, hinted, pictures, tuple(negative)

@@ -80,13 +80,7 @@ def sample_request(
     schedule = comfy.samplers.KSampler(
         model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
     )
-    samples = comfy.sample.fix_empty_latent_channels(model, _plain_samples(latent))
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    mask = latent.get("noise_mask")
-    if mask is not None:
-        mask = comfy.sampler_helpers.prepare_mask(mask, noise.shape, samples.device)
-    if torch.count_nonzero(samples) > 0:  # as stock: an empty latent stays zero
-        samples = model.model.process_latent_in(samples)
+    samples, noise, mask = _beginning(model, latent, seed)
 
     def conditions(conditioning: list[Any], name: str) -> dict[str, Any]:
         return acting | _conditions(model, conditioning, name, noise, samples, mask, seed)
@@ -111,6 +105,20 @@ def sample_request(
         image_prompts=pictures_of(model),
     )
     return request, lambda answer: _finish(model, answer)
+
+
+def _beginning(
+    model: RemotePatcher, latent: dict[str, Any], seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The scaled latent, the noise and the mask of a run, as stock makes them."""
+    samples = comfy.sample.fix_empty_latent_channels(model, _plain_samples(latent))
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    mask = latent.get("noise_mask")
+    if mask is not None:
+        mask = comfy.sampler_helpers.prepare_mask(mask, noise.shape, samples.device)
+    if torch.count_nonzero(samples) > 0:  # as stock: an empty latent stays zero
+        samples = model.model.process_latent_in(samples)
+    return samples, noise, mask
 
 
 def progress(model: RemotePatcher, steps: int) -> Callable[[Progress], None]:
