@@ -94,8 +94,8 @@ def check_mode(net: RemoteControlNet, mode: int | None) -> None:
         return
     if net.kind.modes == 0:
         raise InvalidInput(
-            f"{net.spec.name} has no control types, and control type {mode} is chosen; set control_type to "
-            "none."
+            f"{net.spec.name} has no control types, and control type {mode} is chosen; "
+            "set control_type to none."
         )
     raise InvalidInput(
         f"{net.spec.name} has the control types 0 to {net.kind.modes - 1}, and {mode} is chosen; choose "
@@ -113,8 +113,7 @@ def check_picture(image: Any) -> None:
         )
     if not torch.isfinite(image).all():
         raise InvalidInput(
-            "the hint picture holds values that are not finite (NaN or infinity); check the node that made "
-            "it."
+            "the hint picture holds values that are not finite (NaN or infinity); check the node it is from."
         )
 
 

@@ -49,14 +49,14 @@ class XDiTControlNetApply:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Widgets in ControlNetApplyAdvanced's order."""
-        strength = {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.01, "tooltip": "0: without it."}
-        share = {"min": 0.0, "max": 1.0, "step": 0.001}
+        strength = {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.01, "round": 0.001}
+        share = {"min": 0.0, "max": 1.0, "step": 0.001, "round": 0.001}
         return {
             "required": {
                 "conditioning": ("CONDITIONING", {"tooltip": "Of the positive or the negative prompt."}),
                 "control_net": ("CONTROL_NET", {"tooltip": "From 'xDiT ControlNet Loader'."}),
                 "image": ("IMAGE", {"tooltip": "The hint: edges, depth ... as the ControlNet was trained."}),
-                "strength": ("FLOAT", strength),
+                "strength": ("FLOAT", strength | {"tooltip": "1: as trained. 0: without it."}),
                 "start": ("FLOAT", share | {"default": 0.0, "tooltip": "Share of the run before it acts."}),
                 "end": ("FLOAT", share | {"default": 1.0, "tooltip": "Share of the run until it acts."}),
             },

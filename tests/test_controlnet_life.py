@@ -22,8 +22,9 @@ from comfy_xdit.spec import ModelSpec
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random
 from tests.test_controlnet_ranks import plain_run
+from worker.store import BUDGET
 
-TWO = ParallelConfig(ulysses_degree=2)
+TWO = ParallelConfig(ring_degree=2)  # that of no test of life: handles of others linger
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def remote(tiny_models) -> RemoteModel:
 
 def call(model):
     return (
-        random(1, 16, 6, 10, seed=1),
+        random(1, 16, 8, 12, seed=1),
         torch.full((1,), 700.0),
         tiny.conditions(model.family, model.config, 5),
     )
@@ -72,6 +73,27 @@ def test_loaded_once_kept_between_calls_and_gone_with_the_model(remote, tiny_mod
     worker_group(TWO).call(Forget((remote.spec,)))
 
     assert kept() == kept("transformer") == []
+
+
+def test_a_net_never_costs_its_model(tiny_models, nets, monkeypatch):
+    """With room for the model alone the nets come and go, and the model stays."""
+    model = tiny_models["sd3"]
+    remote = RemoteModel(ModelSpec.of(model.file, "transformer"), TWO)
+    worker_group(TWO).close()
+    monkeypatch.setenv(BUDGET, str(sum(p.nbytes for p in model.module.parameters()) + 1))
+    x, timestep, given = call(model)
+    one, two = (applied(nets[name], hint_for(nets[name], x)) for name in ("sd3", "sd3 again"))
+    try:
+        expected = remote.denoise(x, timestep, given, nets=(one,))
+        both = remote.denoise(x, timestep, given, nets=(one, two))
+        assert kept("transformer") == ["sd3.safetensors"]
+        assert kept() == ["sd3 again.safetensors"]
+        assert torch.equal(remote.denoise(x, timestep, given, nets=(one,)), expected)
+        assert torch.equal(remote.denoise(x, timestep, given, nets=(one, two)), both)
+        # The model once, the first net twice, the second one twice.
+        assert worker_group(TWO).call(Status(), ranks=(0,)).value["loads"] == 5
+    finally:
+        worker_group(TWO).close()
 
 
 def test_a_net_that_nobody_holds_is_let_go(remote, tiny_models, nets, monkeypatch):

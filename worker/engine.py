@@ -168,7 +168,9 @@ class Engine:
         calls = []
         for one in applied:
             net = self._models.require(
-                NetSpec(one.net, spec), lambda one=one: FittedControlNet(one.net, transformer, self._groups)
+                NetSpec(one.net, spec),
+                lambda one=one: FittedControlNet(one.net, transformer, self._groups),
+                keep=spec,
             )
             calls.append(NetCall.of(net, one))
         self._models.touch(spec)  # nothing may be let go of before it, if it is to be called

@@ -41,15 +41,19 @@ class ModelStore:
         self._models: OrderedDict[ModelSpec, Model] = OrderedDict()
         self.loads = 0  # how many models were ever read from disk
 
-    def require(self, spec: Any, open_model: Callable[[], Model] | None = None) -> Model:
+    def require(
+        self, spec: Any, open_model: Callable[[], Model] | None = None, keep: ModelSpec | None = None
+    ) -> Model:
         """The loaded model of this spec; `open_model` opens it in place of the store's own.
+
+        What is loaded beside a model must not cost that model: `keep`.
 
         A file is checked before a model makes room for it, and read after: a bad file costs nothing
         that is loaded, and what goes is gone before the new one comes.
         """
         if spec not in self._models:
             model = self._open(spec) if open_model is None else open_model()
-            self._make_room(model.nbytes)
+            self.make_room(model.nbytes, keep)
             model.load()
             self.loads += 1
             self._models[spec] = model
@@ -89,10 +93,11 @@ class ModelStore:
             "loads": self.loads,
         }
 
-    def _make_room(self, needed: int) -> None:
-        """Drop the least recently used until `needed` bytes fit, or nothing is left to drop."""
-        while self._models and self._room() < needed:
-            self.drop([next(iter(self._models))])
+    def make_room(self, needed: int, keep: ModelSpec | None = None) -> bool:
+        """Drop the least recently used, but not `keep`, until `needed` bytes fit. Returns whether they do."""
+        while self._room() < needed and (others := [spec for spec in self._models if spec != keep]):
+            self.drop(others[:1])
+        return self._room() >= needed
 
     def _room(self) -> int:
         if self._budget is not None:

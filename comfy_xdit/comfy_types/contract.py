@@ -18,6 +18,7 @@ import torch
 LOAD = "self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False"
 VAE_TILES = "tile_x=None, tile_y=None, overlap=None, tile_t=None, overlap_t=None"
 APPLY = "self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs"
+HINT = "self, cond_hint, strength=1.0, timestep_percent_range=(0.0, 1.0), vae=None, extra_concat=[]"
 # (owner, function, known spellings from 0.3.64 to 0.38; None where it may be absent, why)
 SIGNATURES = [
     ("ModelPatcher", "load", [LOAD], "RemotePatcher overrides it"),
@@ -107,6 +108,21 @@ SIGNATURES = [
         "finds the family",
     ),
     ("model_management", "unload_all_models", [""], "releases the ranks' models"),
+    ("ControlBase", "set_cond_hint", [HINT], "RemoteControl overrides it"),
+    ("ControlBase", "pre_run", ["self, model, percent_to_timestep_function"], "RemoteControl overrides it"),
+    ("ControlBase", "copy_to", ["self, c"], "RemoteControl copies itself with it"),
+    (
+        "ControlNet",
+        "get_control",
+        ["self, x_noisy, t, cond, batched_number, transformer_options"],
+        "RemoteControl has it too",
+    ),
+    (
+        "controlnet",
+        "broadcast_image_to",
+        ["tensor, target_batch_size, batched_number"],
+        "gives each row of a batch its hint",
+    ),
 ]
 TOUCHES_WEIGHTS = re.compile(
     r"self\.model\.to\(|patch_weight_to_device\(|_load_list\(|copy_to_param\(|set_attr_param\(|"
@@ -120,6 +136,11 @@ UNREACHED = {
     "patch_hook_weight_to_device",
     "clear_cached_hook_weights",
 }
+# A control object is asked before each call, and what it adds to the options goes with the call.
+CONTROL_CALLS = (
+    "c['transformer_options'] = transformer_options",
+    "control.get_control(input_x, timestep_, c, len(cond_or_uncond), transformer_options)",
+)
 TRANSFORMER_CALL = (
     "self.diffusion_model(xc, t, context=context, control=control, "
     "transformer_options=transformer_options, **extra_conds)"
@@ -137,6 +158,7 @@ CLONED = {
 
 def owners() -> dict[str, Any]:
     """ComfyUI's classes and modules by the names used above."""
+    import comfy.controlnet
     import comfy.model_base
     import comfy.model_detection
     import comfy.model_management
@@ -153,6 +175,9 @@ def owners() -> dict[str, Any]:
         "BASE": comfy.supported_models_base.BASE,
         "VAE": comfy.sd.VAE,
         "CLIP": comfy.sd.CLIP,
+        "ControlBase": comfy.controlnet.ControlBase,
+        "ControlNet": comfy.controlnet.ControlNet,
+        "controlnet": comfy.controlnet,
         "KSampler": comfy.samplers.KSampler,
         "samplers": comfy.samplers,
         "sample": comfy.sample,
@@ -197,6 +222,16 @@ def transformer_call() -> list[str]:
         return []
     return [
         f"BaseModel._apply_model no longer calls {TRANSFORMER_CALL}: the ranks would get other arguments."
+    ]
+
+
+def control_calls() -> list[str]:
+    """ControlNets of the ranks are asked as they expect."""
+    source = _source(owners()["samplers"]._calc_cond_batch)
+    return [
+        f"samplers._calc_cond_batch no longer has {line}: a ControlNet of the ranks would be lost."
+        for line in CONTROL_CALLS
+        if line not in source
     ]
 
 
@@ -279,7 +314,7 @@ def adapters() -> list[str]:
     return found
 
 
-CHECKS = (signatures, weights_are_left_alone, transformer_call, host_options, clip, adapters)
+CHECKS = (signatures, weights_are_left_alone, transformer_call, control_calls, host_options, clip, adapters)
 
 
 @functools.cache

@@ -41,6 +41,7 @@ class RemoteControl(comfy.controlnet.ControlBase):
         super().__init__()
         self.net = net
         self._remote: RemoteModel | None = None
+        self._hints: dict[torch.Size, torch.Tensor] = {}  # of one run, by what is drawn: areas differ
 
     def copy(self) -> RemoteControl:
         """As stock: another application of the same net."""
@@ -123,6 +124,7 @@ class RemoteControl(comfy.controlnet.ControlBase):
         """As stock: after a run."""
         super().cleanup()
         self._remote = None
+        self._hints.clear()
 
     def _described(
         self, x: torch.Tensor, batched_number: int, sigmas: tuple[float, float] | None = None
@@ -133,10 +135,11 @@ class RemoteControl(comfy.controlnet.ControlBase):
             x: what is drawn, (B, C, H, W), B of `batched_number` conditionings.
             sigmas: the first and the last noise level at which it acts; None is always.
         """
-        if self.cond_hint is None:
-            self.cond_hint = self._encoded(x)
+        size = x.shape[-2:]
+        if size not in self._hints:
+            self._hints[size] = self._encoded(x)
         self.net.needed_by(self._remote)
-        hint = comfy.controlnet.broadcast_image_to(self.cond_hint, x.shape[0], batched_number)
+        hint = comfy.controlnet.broadcast_image_to(self._hints[size], x.shape[0], batched_number)
         mode = mode_of(self.extra_args.get("control_type"))
         if sigmas is not None:
             sigmas = float(sigmas[0]), float(sigmas[1])

@@ -98,7 +98,7 @@ def by_ours(run_node, models, sides, net=None, image=None, start=0.2, end=0.7, s
 def sampled(run_node, model, sides, node="KSampler", batch: int = 1, **settings) -> torch.Tensor:
     (latent,) = run_node(
         node, model=model, positive=sides[0], negative=sides[1],
-        latent_image=empty_latent(batch, HEIGHT, WIDTH), **{**SETTINGS, **settings},
+        **{**SETTINGS, "latent_image": empty_latent(batch, HEIGHT, WIDTH), **settings},
     )  # fmt: skip
     return latent["samples"]
 
@@ -164,6 +164,23 @@ def test_on_one_side_and_one_hint_per_picture(run_node, models, node):
     assert relative_l2(sampled(run_node, models.ours, (ours[0], plain[1]), node, batch=2), expected) <= SAME
 
 
+def test_in_an_area_and_everywhere_else(run_node, models, calls):
+    """The hint is scaled to what is drawn: the whole picture, and a part of it."""
+
+    def positive(apply):
+        everywhere, part = (apply(run_node, models, (side,) * 2)[0] for side in prompts(models))
+        (part,) = run_node(
+            "ConditioningSetArea", conditioning=part, width=64, height=80, x=16, y=8, strength=0.9
+        )
+        return [*everywhere, *part]
+
+    negative = prompts(models)[1]
+    expected = sampled(run_node, models.stock, (positive(by_stock), negative))
+
+    assert relative_l2(sampled(run_node, models.ours, (positive(by_ours), negative)), expected) <= SAME
+    assert sum(call.hints for call in calls) == 2
+
+
 def test_with_a_stock_one_before_or_behind(run_node, models):
     plain, other = prompts(models), picture(40, 40)
     stock = by_stock(run_node, models, by_stock(run_node, models, plain), image=other, strength=0.5)
@@ -213,6 +230,31 @@ def test_interrupt_leaves_the_ranks_warm(run_node, models, degrees):
 
     assert torch.equal(sampled(run_node, models.ours, ours), before)
     assert worker_group(layout(**degrees)).pids == pids
+
+
+@pytest.mark.parametrize("form", ["xlabs", "union", "union without a type"])
+@pytest.mark.parametrize("node", ["KSampler", "XDiTSampler"])
+def test_other_flux_controlnets(comfyui, run_node, tiny_flux, degrees, form, node):
+    """A hint of pixels, and control types, as the stock loader reads the same file."""
+    pixels, file = form == "xlabs", f"{form}.safetensors"
+    # Stock nodes take FLUX.1's 19 blocks for granted: one residual, or as many as there are blocks in turns.
+    config = controlnets.PIXELS if pixels else {**controlnets.UNION, "num_layers": 1}
+    with torch.inference_mode(False):
+        module = controlnets.made("FluxControlNetModel", config, 21)
+        tensors = controlnets.xlabs(module) if pixels else controlnets.tensors(module)
+        save_file(tensors, comfyui.models / "controlnet" / file)
+    models = pair(run_node, tiny_flux, degrees)
+    models.vae = None if pixels else vae_of(run_node, degrees)
+    nets = [run_node(n, control_net_name=file)[0] for n in ("ControlNetLoader", "XDiTControlNetLoader")]
+    if form == "union":
+        nets = [run_node("SetUnionControlNetType", control_net=net, type="depth")[0] for net in nets]
+    stock, ours = (by_stock(run_node, models, prompts(models), net) for net in nets)
+    size = {"latent_image": empty_latent(1, 16, 12)}  # stock nodes cannot scale pixels to an odd latent
+
+    expected = sampled(run_node, models.stock, stock, **size)
+
+    assert relative_l2(sampled(run_node, models.ours, ours, node, **size), expected) <= SAME
+    assert relative_l2(sampled(run_node, models.stock, prompts(models), **size), expected) > 0.003
 
 
 # ---------------------------------------------------------------------- refused
