@@ -2,7 +2,7 @@
 
 python scripts/train_demo_lora.py --out assets/demo
 
-A few minutes on one CPU core. Trained with peft on the shipped transformer; diffusers saves the file.
+A few minutes on one CPU core. Trained with peft (pip install peft) on the shipped transformer.
 """
 
 from __future__ import annotations
