@@ -158,8 +158,7 @@ worse counts), measured by `make parity` on {machine}, torch {torch}. Limits hel
 
 {table}
 
-Four and eight ranks, on models of 8 heads with enough blocks for 8 stages (measured by `make parity`, not by the
-tests):
+Four and eight ranks, on models of 8 heads with enough blocks for 8 stages (measured by `make parity` only):
 
 {wide}
 
