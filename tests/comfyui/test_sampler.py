@@ -135,7 +135,7 @@ def model(run_node, tiny_sd3) -> SimpleNamespace:
         ("mask", torch.ones(1, 16, 16), "a mask"),
         ("strength", 0.5, "a strength"),
         ("start_percent", 0.2, "a range of steps"),
-        ("control", object(), "a ControlNet"),
+        ("control", object(), "a stock ControlNet"),
         ("hooks", object(), "hooks"),
     ],
 )
