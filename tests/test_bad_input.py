@@ -92,9 +92,9 @@ VALUES = {
         ("1.shard_weights=true", "1.ulysses_degree=1", "1.devices=cpu"),
         r"shard_weights spreads weights over ranks.*Set shard_weights to false",
     ),
-    "weights sharded by auto": (
-        ("1.shard_weights=true", "1.strategy=auto"),
-        r"shard_weights with strategy auto is not in this version.*Set strategy to manual",
+    "nobody for auto to share weights with": (
+        ("1.shard_weights=true", "1.strategy=auto", "1.devices=cpu"),
+        r"shard_weights spreads weights over ranks.*Set shard_weights to false",
     ),
     "unknown device": (("1.devices=cuda:77,cpu",), r"cuda:77.*is not one of"),
     "prompt of the wrong type": (("6.text=[1, 2]",), r"text"),

@@ -52,6 +52,12 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
     return True
 
 
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory) -> dict[str, tiny.TinyModel]:
+    """Files of its own: what other tests let go of less than a minute ago is still kept."""
+    return tiny.write_models(tmp_path_factory.mktemp("life"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _empty_ranks():
     """Nothing that other tests loaded counts."""
