@@ -27,10 +27,13 @@ def _norm() -> nn.GroupNorm:
 
 
 def _input(dtype: torch.dtype) -> torch.Tensor:
-    """Two pictures; channels far from zero, as deep in a decoder."""
+    """Two pictures; channels far from zero, as deep in a decoder, and one group that hardly varies."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, CHANNELS, ROWS, 30, generator=generator)
-    return (x + 5 * torch.randn(1, CHANNELS, 1, 1, generator=generator)).to(dtype)
+    x = x + 5 * torch.randn(1, CHANNELS, 1, 1, generator=generator)
+    x[:, : CHANNELS // GROUPS] = 100.0
+    x[0, 0, 0, 0] = 101.0
+    return x.to(dtype)
 
 
 def _rank(rank: int, folder: str) -> None:

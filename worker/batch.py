@@ -37,8 +37,8 @@ class Batch:
     """ComfyUI's arguments of one call (see `messages.Denoise`).
 
     Prompts of different length come as one context, padded behind, with their true lengths (B,) in
-    the condition `context_lengths`. `nets` are the ControlNets that run beside the transformer, `pictures`
-    those that prompt it.
+    the condition `context_lengths`. `nets` are the ControlNets that run beside the transformer,
+    `pictures` what prompts it through IP-Adapters.
     """
 
     x: torch.Tensor
