@@ -7,7 +7,7 @@ XDIT_MODELS_DIR, and paths typed into a widget are offered.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,7 +18,15 @@ import torch
 
 from comfy_xdit import conversion, patches
 from comfy_xdit.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
-from comfy_xdit.environment import ROOT
+from comfy_xdit.demo_files import (
+    DEMO_CONTROL_NETS,
+    DEMO_DIFFUSION_MODELS,
+    DEMO_LORAS,
+    DEMO_PIPELINES,
+    DEMO_VAES,
+    NOTHING,
+    present,
+)
 from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.ip_adapter import PicturePrompt, at_sigmas
 from comfy_xdit.messages import Progress, Sample
@@ -30,14 +38,6 @@ SAMPLERS = conversion.SAMPLERS
 # Environment: a folder with diffusers/, diffusion_models/, loras/, vae/, controlnet/, ipadapter/
 MODELS_DIR = "XDIT_MODELS_DIR"
 INDEX = "model_index.json"
-DEMO = ROOT / "assets" / "demo"
-DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
-DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
-DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
-DEMO_CONTROL_NETS = {
-    "demo_edges (comfy_xdit).safetensors": DEMO / "controlnet" / "diffusion_pytorch_model.safetensors"
-}
-DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
 
 ShowStep = Callable[[int, int], None]  # (steps done, steps)
 _show_step: ContextVar[ShowStep | None] = ContextVar("show_step", default=None)
@@ -207,44 +207,22 @@ class Names(list[str]):
 
 def diffusion_models() -> Names:
     """Names for a widget: files below XDIT_MODELS_DIR/diffusion_models, then the demo."""
-    return Names(sorted(_below("diffusion_models")) + _present(DEMO_DIFFUSION_MODELS))
+    return Names(sorted(_below("diffusion_models")) + present(DEMO_DIFFUSION_MODELS))
 
 
 def diffusion_model_path(name: str) -> Path:
-    """The file behind a name of `diffusion_models`, or the path `name` itself.
-
-    Raises:
-        InvalidInput: there is none.
-    """
-    demo = DEMO_DIFFUSION_MODELS.get(name)
-    for path in [*([demo] if demo else []), *(f / name for f in _folders("diffusion_models")), Path(name)]:
-        if path.is_file():
-            return path
-    raise InvalidInput(
-        f"no diffusion model {name!r}; give the path of a safetensors file, or put it into "
-        f"diffusion_models/ of the folder named by {MODELS_DIR}."
-    )
+    """The file behind a name of `diffusion_models`, or the path `name`. Raises InvalidInput if none is."""
+    return _path("diffusion model", "diffusion_models", name, DEMO_DIFFUSION_MODELS)
 
 
 def loras() -> Names:
     """Names for a widget: files below XDIT_MODELS_DIR/loras, then the demo's."""
-    return Names(sorted(_below("loras")) + _present(DEMO_LORAS))
+    return Names(sorted(_below("loras")) + present(DEMO_LORAS))
 
 
 def lora_path(name: str) -> Path:
-    """The file behind a name of `loras`, or the path `name` itself.
-
-    Raises:
-        InvalidInput: there is none.
-    """
-    demo = DEMO_LORAS.get(name)
-    for path in [*([demo] if demo else []), *(f / name for f in _folders("loras")), Path(name)]:
-        if path.is_file():
-            return path
-    raise InvalidInput(
-        f"no LoRA {name!r}; give the path of a safetensors file, or put it into loras/ of the folder "
-        f"named by {MODELS_DIR}."
-    )
+    """The file behind a name of `loras`, or the path `name` itself. Raises InvalidInput if there is none."""
+    return _path("LoRA", "loras", name, DEMO_LORAS)
 
 
 def control_nets() -> Names:
@@ -254,23 +232,12 @@ def control_nets() -> Names:
         for folder in _folders("controlnet")
         for config in folder.rglob("*/config.json")
     ]
-    return Names(sorted(_below("controlnet")) + sorted(folders) + _present(DEMO_CONTROL_NETS))
+    return Names(sorted(_below("controlnet")) + sorted(folders) + present(DEMO_CONTROL_NETS))
 
 
 def control_net_path(name: str) -> Path:
-    """The file or folder behind a name of `control_nets`, or the path `name` itself.
-
-    Raises:
-        InvalidInput: there is none.
-    """
-    demo = DEMO_CONTROL_NETS.get(name)
-    for path in [*([demo] if demo else []), *(f / name for f in _folders("controlnet")), Path(name)]:
-        if path.exists():
-            return path
-    raise InvalidInput(
-        f"no ControlNet {name!r}; give the path of a safetensors file or of a diffusers folder, or put it "
-        f"into controlnet/ of the folder named by {MODELS_DIR}."
-    )
+    """What is behind a name of `control_nets`, or the path `name`. Raises InvalidInput if nothing is."""
+    return _path("ControlNet", "controlnet", name, DEMO_CONTROL_NETS, Path.exists)
 
 
 def ip_adapters() -> Names:
@@ -279,18 +246,8 @@ def ip_adapters() -> Names:
 
 
 def ip_adapter_path(name: str) -> Path:
-    """The file behind a name of `ip_adapters`, or the path `name` itself.
-
-    Raises:
-        InvalidInput: there is none.
-    """
-    for path in [*(f / name for f in _folders("ipadapter")), Path(name)]:
-        if path.is_file():
-            return path
-    raise InvalidInput(
-        f"no IP-Adapter {name!r}; give the path of a safetensors file, or put it into ipadapter/ of the "
-        f"folder named by {MODELS_DIR}."
-    )
+    """The file behind a name of `ip_adapters`, or the path `name`. Raises InvalidInput if there is none."""
+    return _path("IP-Adapter", "ipadapter", name)
 
 
 def pipelines() -> Names:
@@ -300,7 +257,7 @@ def pipelines() -> Names:
         for folder in _folders("diffusers")
         for index in folder.rglob(INDEX)
     ]
-    return Names(sorted(found) + _present(DEMO_PIPELINES))
+    return Names(sorted(found) + present(DEMO_PIPELINES))
 
 
 def pipeline_path(name: str) -> Path:
@@ -321,27 +278,28 @@ def pipeline_path(name: str) -> Path:
 
 def vaes() -> Names:
     """Names for a widget: files below XDIT_MODELS_DIR/vae, then the demo."""
-    found = [
-        path.relative_to(folder).as_posix()
-        for folder in _folders("vae")
-        for path in folder.rglob("*.safetensors")
-    ]
-    return Names(sorted(found) + _present(DEMO_VAES))
+    return Names(sorted(_below("vae")) + present(DEMO_VAES))
 
 
 def vae_path(name: str) -> Path:
-    """The file or folder behind a name of `vaes`, or the path `name` itself.
+    """What is behind a name of `vaes`, or the path `name` itself. Raises InvalidInput if nothing is."""
+    return _path("VAE", "vae", name, DEMO_VAES, Path.exists)
 
-    Raises:
-        InvalidInput: there is none.
-    """
-    demo = DEMO_VAES.get(name)
-    for path in [*([demo] if demo else []), *(f / name for f in _folders("vae")), Path(name)]:
-        if path.exists():
+
+def _path(
+    what: str,
+    kind: str,
+    name: str,
+    demo: Mapping[str, Path] = NOTHING,
+    is_there: Callable[[Path], bool] = Path.is_file,
+) -> Path:
+    for path in [*([demo[name]] if name in demo else []), *(f / name for f in _folders(kind)), Path(name)]:
+        if is_there(path):
             return path
+    either = "a safetensors file" + ("" if is_there is Path.is_file else " or of a diffusers folder")
     raise InvalidInput(
-        f"no VAE {name!r}; give the path of a safetensors file or of a diffusers folder, or put it into vae/ "
-        f"of the folder named by {MODELS_DIR}."
+        f"no {what} {name!r}; give the path of {either}, or put it into {kind}/ of the folder named by "
+        f"{MODELS_DIR}."
     )
 
 
@@ -356,7 +314,3 @@ def _below(kind: str) -> list[str]:
         for folder in _folders(kind)
         for path in folder.rglob("*.safetensors")
     ]
-
-
-def _present(demo: dict[str, Path]) -> list[str]:
-    return [name for name, path in demo.items() if path.exists()]

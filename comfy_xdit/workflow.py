@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from comfy_xdit import headless
+from comfy_xdit.demo_files import DEMO
 from comfy_xdit.environment import ROOT
 from comfy_xdit.errors import InvalidInput, XDiTError
 from comfy_xdit.pictures import Folders
@@ -77,7 +78,7 @@ def run_file(
     workflow = read_workflow(path, classes)
     for setting in settings:
         override(workflow.api, setting, classes)
-    folders = Folders(output, (*inputs, Path(), path.resolve().parent, headless.DEMO))
+    folders = Folders(output, (*inputs, Path(), path.resolve().parent, DEMO))
     return run(workflow, folders, classes, quiet)
 
 

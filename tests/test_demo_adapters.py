@@ -35,8 +35,8 @@ from train_demo_controlnet import CFG as NET_CFG
 from train_demo_controlnet import EXAMPLE, held_out_tasks, overlaps
 from train_demo_model import load_demo_model
 
+from comfy_xdit.demo_files import DEMO_CONTROL_NETS, DEMO_LORAS
 from comfy_xdit.environment import ROOT
-from comfy_xdit.headless import DEMO_CONTROL_NETS, DEMO_LORAS
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.workflow import run_file
 from tests.test_demo_quality import draw

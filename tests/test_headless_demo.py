@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from comfy_xdit.demo_files import DEMO
 from comfy_xdit.environment import ROOT
-from comfy_xdit.headless import DEMO
 from comfy_xdit.workflow import Finished, run_file
 
 PIPELINE = DEMO / "pipeline"

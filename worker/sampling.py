@@ -69,9 +69,11 @@ def _whole(
     guidance = Guidance.of(request)
     sampler = Sampler(request.sampler, guidance.noised(request.sigmas[0]), request.sigmas)
     steps = len(request.sigmas) - 1
-    # The negative side comes first, where there are two.
-    sides = torch.arange(guidance.sides, 0, -1, device=request.latent.device)
-    negatives = (sides.repeat_interleave(len(request.latent)) == 2).chunk(len(batches))
+    count, device = len(request.latent), request.latent.device
+    is_negative = torch.zeros(guidance.sides * count, dtype=torch.bool, device=device)
+    if guidance.sides == 2:  # the negative side comes first
+        is_negative[:count] = True
+    negatives = is_negative.chunk(len(batches))
     while (asked := sampler.wanted) is not None:
         x = guidance.before(asked.x, asked.sigma)
         rows = torch.cat([x] * (guidance.sides // len(batches)))

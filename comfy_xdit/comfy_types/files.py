@@ -5,30 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import folder_paths
 
-from comfy_xdit.environment import ROOT
+from comfy_xdit.demo_files import (
+    DEMO_CONTROL_NETS,
+    DEMO_DIFFUSION_MODELS,
+    DEMO_LORAS,
+    DEMO_PIPELINES,
+    DEMO_VAES,
+    NOTHING,
+    present,
+)
 from comfy_xdit.errors import InvalidInput
 
-DEMO = ROOT / "assets" / "demo"
-DEMO_PIPELINES = {"demo (comfy_xdit)": DEMO / "pipeline"}
-DEMO_DIFFUSION_MODELS = {"demo_sd3 (comfy_xdit).safetensors": DEMO / "demo_sd3.safetensors"}
-DEMO_CONTROL_NETS = {
-    "demo_edges (comfy_xdit).safetensors": DEMO / "controlnet" / "diffusion_pytorch_model.safetensors"
-}
-DEMO_LORAS = {"demo_framed (comfy_xdit).safetensors": DEMO / "demo_framed_lora.safetensors"}
-DEMO_VAES = {"demo_vae (comfy_xdit).safetensors": DEMO / "pipeline" / "vae"}
 INDEX = "model_index.json"
 CONFIG = "config.json"
 IP_ADAPTERS = "ipadapter"
-NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
 def diffusion_models() -> list[str]:
     """Names for a widget: the files in models/diffusion_models, then the demo."""
-    return folder_paths.get_filename_list("diffusion_models") + _present(DEMO_DIFFUSION_MODELS)
+    return folder_paths.get_filename_list("diffusion_models") + present(DEMO_DIFFUSION_MODELS)
 
 
 def diffusion_model_path(name: str) -> Path:
@@ -38,7 +36,7 @@ def diffusion_model_path(name: str) -> Path:
 
 def loras() -> list[str]:
     """Names for a widget: the files in models/loras, then the demo's."""
-    return folder_paths.get_filename_list("loras") + _present(DEMO_LORAS)
+    return folder_paths.get_filename_list("loras") + present(DEMO_LORAS)
 
 
 def lora_path(name: str) -> Path:
@@ -53,7 +51,7 @@ def control_nets() -> list[str]:
         for folder, _, files in os.walk(root, followlinks=True):
             if CONFIG in files and folder != root:
                 folders.add(os.path.relpath(folder, root))
-    return folder_paths.get_filename_list("controlnet") + sorted(folders) + _present(DEMO_CONTROL_NETS)
+    return folder_paths.get_filename_list("controlnet") + sorted(folders) + present(DEMO_CONTROL_NETS)
 
 
 def control_net_path(name: str) -> Path:
@@ -93,7 +91,7 @@ def pipelines() -> list[str]:
         for folder, _, files in os.walk(root, followlinks=True):
             if INDEX in files:
                 names.add(os.path.relpath(folder, root))
-    return sorted(names) + _present(DEMO_PIPELINES)
+    return sorted(names) + present(DEMO_PIPELINES)
 
 
 def pipeline_path(name: str) -> Path:
@@ -111,7 +109,7 @@ def pipeline_path(name: str) -> Path:
 
 def vaes() -> list[str]:
     """Names for a widget: the files in models/vae, then the demo."""
-    return folder_paths.get_filename_list("vae") + _present(DEMO_VAES)
+    return folder_paths.get_filename_list("vae") + present(DEMO_VAES)
 
 
 def vae_path(name: str) -> Path:
@@ -125,7 +123,3 @@ def _path(what: str, kind: str, name: str, others: Mapping[str, Path] = NOTHING)
     if path is None or not os.path.exists(path):
         raise InvalidInput(f"no {what} {name!r}; put it into models/{kind} and press R.")
     return Path(path)
-
-
-def _present(demo: dict[str, Path]) -> list[str]:
-    return [name for name, path in demo.items() if path.exists()]
