@@ -50,7 +50,9 @@ LAYOUTS = {
     "one rank": ParallelConfig(),
     "ulysses 2": ParallelConfig(ulysses_degree=2),
     "ring 2": ParallelConfig(ring_degree=2),
+    "ulysses 2 x ring 2": ParallelConfig(ulysses_degree=2, ring_degree=2),
     "cfg 2": ParallelConfig(cfg_parallel_degree=2),
+    "data 2": ParallelConfig(data_parallel_degree=2),
     "pipefusion 2": ParallelConfig(pipefusion_degree=2),
     "ulysses 2, sharded": ParallelConfig(ulysses_degree=2, shard_weights=True),
 }
