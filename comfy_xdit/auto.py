@@ -68,11 +68,19 @@ def layout_of(
         cluster = machine(devices)
         kind = cluster.device.kind
         request = Request.picture(ModelShape.of(info), dtype_bytes=dtype_bytes(info, spec, kind))
-        plan = planner.plan(request, cluster, Measured.load(), shard=shard)
-        layout = plan.pick.layout
-        layout = replace(layout, devices=devices[: layout.world_size]).check(available)
-        _chosen[key] = Chosen(layout, plan, request, cluster, shard)
+        _chosen[key] = _choose(request, cluster, devices, shard)
     return _chosen[key].layout
+
+
+def _choose(request: Request, cluster: Cluster, devices: tuple[str, ...], shard: bool) -> Chosen:
+    """What an equal model has on these devices, so that both use the same ranks, or a new plan."""
+    for (_, asked), chosen in _chosen.items():
+        if (asked.devices, chosen.request, chosen.shard) == (devices, request, shard):
+            return chosen
+    plan = planner.plan(request, cluster, Measured.load(), shard=shard)
+    layout = plan.pick.layout
+    layout = replace(layout, devices=devices[: layout.world_size]).check(available_devices())
+    return Chosen(layout, plan, request, cluster, shard)
 
 
 def layout_beside(parallel: ParallelConfig | Automatic) -> ParallelConfig:

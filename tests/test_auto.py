@@ -147,6 +147,20 @@ def test_times_choose_the_layout_of_the_next_process_and_not_of_this_one(tiny_mo
     assert layout_of(TWO, spec) == ParallelConfig(devices=("cpu",))
 
 
+def test_an_equal_model_joins_the_ranks_of_the_first(tiny_models):
+    """The pipeline whose text encoders a graph uses and the file it takes the MODEL from, or a fine-tune."""
+    first, second = (
+        ModelSpec.of(path, "transformer") for path in (tiny_models["sd3"].folder, tiny_models["sd3"].file)
+    )
+    layout = layout_of(TWO, first)
+    request = Request.picture(ModelShape.of(auto.description(first)), dtype_bytes=4)
+    for other, seconds in ((ParallelConfig(), 1.0), (layout, 2.0)):
+        measured.remember(other, request, machine(TWO.devices), seconds)
+    assert layout_of(TWO, second) == layout
+    assert [path for path, _ in auto.chosen_for(layout)] == [first.path, second.path]
+    assert layout_of(replace(TWO, shard_weights=True), second).shard_weights
+
+
 def test_the_report_says_what_was_chosen_and_why_and_what_was_measured(tiny_models):
     spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
     layout = layout_of(TWO, spec)
