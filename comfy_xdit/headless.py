@@ -7,7 +7,7 @@ XDIT_MODELS_DIR, and paths typed into a widget are offered.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -16,17 +16,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit import conversion, patches
+from comfy_xdit import conversion, demo_files, patches
 from comfy_xdit.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
-from comfy_xdit.demo_files import (
-    DEMO_CONTROL_NETS,
-    DEMO_DIFFUSION_MODELS,
-    DEMO_LORAS,
-    DEMO_PIPELINES,
-    DEMO_VAES,
-    NOTHING,
-    present,
-)
 from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.ip_adapter import PicturePrompt, at_sigmas
 from comfy_xdit.messages import Progress, Sample
@@ -207,22 +198,22 @@ class Names(list[str]):
 
 def diffusion_models() -> Names:
     """Names for a widget: files below XDIT_MODELS_DIR/diffusion_models, then the demo."""
-    return Names(sorted(_below("diffusion_models")) + present(DEMO_DIFFUSION_MODELS))
+    return Names(sorted(_below("diffusion_models")) + demo_files.names("diffusion_models"))
 
 
 def diffusion_model_path(name: str) -> Path:
     """The file behind a name of `diffusion_models`, or the path `name`. Raises InvalidInput if none is."""
-    return _path("diffusion model", "diffusion_models", name, DEMO_DIFFUSION_MODELS)
+    return _path("diffusion model", "diffusion_models", name)
 
 
 def loras() -> Names:
     """Names for a widget: files below XDIT_MODELS_DIR/loras, then the demo's."""
-    return Names(sorted(_below("loras")) + present(DEMO_LORAS))
+    return Names(sorted(_below("loras")) + demo_files.names("loras"))
 
 
 def lora_path(name: str) -> Path:
     """The file behind a name of `loras`, or the path `name` itself. Raises InvalidInput if there is none."""
-    return _path("LoRA", "loras", name, DEMO_LORAS)
+    return _path("LoRA", "loras", name)
 
 
 def control_nets() -> Names:
@@ -232,12 +223,12 @@ def control_nets() -> Names:
         for folder in _folders("controlnet")
         for config in folder.rglob("*/config.json")
     ]
-    return Names(sorted(_below("controlnet")) + sorted(folders) + present(DEMO_CONTROL_NETS))
+    return Names(sorted(_below("controlnet")) + sorted(folders) + demo_files.names("controlnet"))
 
 
 def control_net_path(name: str) -> Path:
     """What is behind a name of `control_nets`, or the path `name`. Raises InvalidInput if nothing is."""
-    return _path("ControlNet", "controlnet", name, DEMO_CONTROL_NETS, Path.exists)
+    return _path("ControlNet", "controlnet", name, Path.exists)
 
 
 def ip_adapters() -> Names:
@@ -257,7 +248,7 @@ def pipelines() -> Names:
         for folder in _folders("diffusers")
         for index in folder.rglob(INDEX)
     ]
-    return Names(sorted(found) + present(DEMO_PIPELINES))
+    return Names(sorted(found) + demo_files.names("diffusers"))
 
 
 def pipeline_path(name: str) -> Path:
@@ -266,8 +257,7 @@ def pipeline_path(name: str) -> Path:
     Raises:
         InvalidInput: there is none.
     """
-    demo = DEMO_PIPELINES.get(name)
-    for path in [*([demo] if demo else []), *(f / name for f in _folders("diffusers")), Path(name)]:
+    for path in _candidates("diffusers", name):
         if (path / INDEX).is_file():
             return path
     raise InvalidInput(
@@ -278,22 +268,22 @@ def pipeline_path(name: str) -> Path:
 
 def vaes() -> Names:
     """Names for a widget: files below XDIT_MODELS_DIR/vae, then the demo."""
-    return Names(sorted(_below("vae")) + present(DEMO_VAES))
+    return Names(sorted(_below("vae")) + demo_files.names("vae"))
 
 
 def vae_path(name: str) -> Path:
     """What is behind a name of `vaes`, or the path `name` itself. Raises InvalidInput if nothing is."""
-    return _path("VAE", "vae", name, DEMO_VAES, Path.exists)
+    return _path("VAE", "vae", name, Path.exists)
 
 
-def _path(
-    what: str,
-    kind: str,
-    name: str,
-    demo: Mapping[str, Path] = NOTHING,
-    is_there: Callable[[Path], bool] = Path.is_file,
-) -> Path:
-    for path in [*([demo[name]] if name in demo else []), *(f / name for f in _folders(kind)), Path(name)]:
+def _candidates(kind: str, name: str) -> list[Path]:
+    """Where `name` may be: the demo comes first, a path as it is comes last."""
+    demo = demo_files.path_of(kind, name)
+    return [*([demo] if demo else []), *(folder / name for folder in _folders(kind)), Path(name)]
+
+
+def _path(what: str, kind: str, name: str, is_there: Callable[[Path], bool] = Path.is_file) -> Path:
+    for path in _candidates(kind, name):
         if is_there(path):
             return path
     either = "a safetensors file" + ("" if is_there is Path.is_file else " or of a diffusers folder")

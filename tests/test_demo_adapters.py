@@ -35,14 +35,14 @@ from train_demo_controlnet import CFG as NET_CFG
 from train_demo_controlnet import EXAMPLE, held_out_tasks, overlaps
 from train_demo_model import load_demo_model
 
-from comfy_xdit.demo_files import DEMO_CONTROL_NETS, DEMO_LORAS
+from comfy_xdit.demo_files import FILES
 from comfy_xdit.environment import ROOT
 from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.workflow import run_file
 from tests.test_demo_quality import draw
 
 CAPTIONS = held_out_captions()[:30]
-(LORA,), (NET,) = DEMO_LORAS, DEMO_CONTROL_NETS
+(LORA,), (NET,) = FILES["loras"], FILES["controlnet"]
 LEAST_OVERLAP, LEAST_FOLLOWED = 0.85, 0.9
 API = ROOT / "workflows" / "api"
 ONE_RANK = ("1.strategy=manual", "1.devices=cpu")

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import folder_paths
 
-from comfy_xdit.demo_files import (
-    DEMO_CONTROL_NETS,
-    DEMO_DIFFUSION_MODELS,
-    DEMO_LORAS,
-    DEMO_PIPELINES,
-    DEMO_VAES,
-    NOTHING,
-    present,
-)
+from comfy_xdit import demo_files
 from comfy_xdit.errors import InvalidInput
 
 INDEX = "model_index.json"
@@ -26,22 +17,22 @@ IP_ADAPTERS = "ipadapter"
 
 def diffusion_models() -> list[str]:
     """Names for a widget: the files in models/diffusion_models, then the demo."""
-    return folder_paths.get_filename_list("diffusion_models") + present(DEMO_DIFFUSION_MODELS)
+    return folder_paths.get_filename_list("diffusion_models") + demo_files.names("diffusion_models")
 
 
 def diffusion_model_path(name: str) -> Path:
     """The file behind a name of `diffusion_models`. Raises InvalidInput if there is none."""
-    return _path("diffusion model", "diffusion_models", name, DEMO_DIFFUSION_MODELS)
+    return _path("diffusion model", "diffusion_models", name)
 
 
 def loras() -> list[str]:
     """Names for a widget: the files in models/loras, then the demo's."""
-    return folder_paths.get_filename_list("loras") + present(DEMO_LORAS)
+    return folder_paths.get_filename_list("loras") + demo_files.names("loras")
 
 
 def lora_path(name: str) -> Path:
     """The file behind a name of `loras`. Raises InvalidInput if there is none."""
-    return _path("LoRA", "loras", name, DEMO_LORAS)
+    return _path("LoRA", "loras", name)
 
 
 def control_nets() -> list[str]:
@@ -51,7 +42,7 @@ def control_nets() -> list[str]:
         for folder, _, files in os.walk(root, followlinks=True):
             if CONFIG in files and folder != root:
                 folders.add(os.path.relpath(folder, root))
-    return folder_paths.get_filename_list("controlnet") + sorted(folders) + present(DEMO_CONTROL_NETS)
+    return folder_paths.get_filename_list("controlnet") + sorted(folders) + demo_files.names("controlnet")
 
 
 def control_net_path(name: str) -> Path:
@@ -59,7 +50,7 @@ def control_net_path(name: str) -> Path:
     for root in folder_paths.get_folder_paths("controlnet"):
         if (folder := Path(root) / name) != Path(root) and (folder / CONFIG).is_file():
             return folder
-    return _path("ControlNet", "controlnet", name, DEMO_CONTROL_NETS)
+    return _path("ControlNet", "controlnet", name)
 
 
 def ip_adapters() -> list[str]:
@@ -91,7 +82,7 @@ def pipelines() -> list[str]:
         for folder, _, files in os.walk(root, followlinks=True):
             if INDEX in files:
                 names.add(os.path.relpath(folder, root))
-    return sorted(names) + present(DEMO_PIPELINES)
+    return sorted(names) + demo_files.names("diffusers")
 
 
 def pipeline_path(name: str) -> Path:
@@ -101,7 +92,7 @@ def pipeline_path(name: str) -> Path:
         InvalidInput: there is none.
     """
     candidates = [Path(root) / name for root in folder_paths.get_folder_paths("diffusers")]
-    for path in [DEMO_PIPELINES.get(name), *candidates]:
+    for path in [demo_files.path_of("diffusers", name), *candidates]:
         if path is not None and (path / INDEX).is_file():
             return path
     raise InvalidInput(f"no pipeline {name!r}; put its folder into models/diffusers and press R.")
@@ -109,17 +100,17 @@ def pipeline_path(name: str) -> Path:
 
 def vaes() -> list[str]:
     """Names for a widget: the files in models/vae, then the demo."""
-    return folder_paths.get_filename_list("vae") + present(DEMO_VAES)
+    return folder_paths.get_filename_list("vae") + demo_files.names("vae")
 
 
 def vae_path(name: str) -> Path:
     """The file or folder behind a name of `vaes`. Raises InvalidInput if there is none."""
-    return _path("VAE", "vae", name, DEMO_VAES)
+    return _path("VAE", "vae", name)
 
 
-def _path(what: str, kind: str, name: str, others: Mapping[str, Path] = NOTHING) -> Path:
-    """Where a file is that ComfyUI lists in models/`kind`, or one of `others`, which come first."""
-    path = others.get(name) or folder_paths.get_full_path(kind, name)
+def _path(what: str, kind: str, name: str) -> Path:
+    """Where a file is that ComfyUI lists in models/`kind`, or one of the demo's, which come first."""
+    path = demo_files.path_of(kind, name) or folder_paths.get_full_path(kind, name)
     if path is None or not os.path.exists(path):
         raise InvalidInput(f"no {what} {name!r}; put it into models/{kind} and press R.")
     return Path(path)
