@@ -14,8 +14,8 @@ from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoade
 from comfy_xdit.ip_adapter_nodes import XDiTIPAdapterApply, XDiTIPAdapterLoader
 from comfy_xdit.lora import add_lora, lora_stamp
 from comfy_xdit.packages import install, missing_packages, unavailable
-from comfy_xdit.parallel import DEGREES, Automatic, ParallelConfig
-from comfy_xdit.spec import WEIGHT_DTYPES
+from comfy_xdit.protocol.parallel import DEGREES, Automatic, ParallelConfig
+from comfy_xdit.protocol.spec import WEIGHT_DTYPES
 from comfy_xdit.work import (
     TILES,
     decode,

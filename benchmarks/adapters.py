@@ -13,9 +13,9 @@ from benchmarks.parity import multiplier
 from comfy_xdit import headless
 from comfy_xdit.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter
 from comfy_xdit.lora import add_lora
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote import RemoteModel
-from comfy_xdit.spec import ModelSpec
 from tests import controlnets, ip_adapter_files, lora_files, tiny
 from tests.tiny import TinyModel
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comfy_xdit.messages import Denoise, Ready, Sample
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.rpc import Invitation, Rank
+from comfy_xdit.protocol.messages import Denoise, Ready, Sample
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.rpc import Invitation, Rank
 from worker.__main__ import run
 
 COUNTS = "XDIT_COUNTS"  # environment: the folder to write to

@@ -2,8 +2,8 @@
 
 import torch
 
-from comfy_xdit.messages import Denoise, Ready
-from comfy_xdit.rpc import Invitation, Rank
+from comfy_xdit.protocol.messages import Denoise, Ready
+from comfy_xdit.protocol.rpc import Invitation, Rank
 from worker.__main__ import run
 from worker.loop import serve
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig
 
 # Two to four ranks, held by tests/test_parity.py.
 LAYOUTS = {

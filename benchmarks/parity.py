@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.layouts import LAYOUTS, PIPELINES, SHARDED, WIDE
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Sample
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Sample
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote import RemoteModel
-from comfy_xdit.spec import ModelSpec
 from tests import tiny
 from tests.tiny import TinyModel
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.parallel import ParallelConfig
 from tests import pipefusion_runs as runs
 
 STEPS, WARMUPS = 20, (1, 2, 4, 20)

@@ -23,7 +23,7 @@ from typing import Any
 
 from comfy_xdit import cluster, planner
 from comfy_xdit.measured import Measured
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.request import FAMILIES, Request
 
 SLOWER = 1.05

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.prediction import EAGER, Constants
+from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.request import FAMILIES, ModelShape, Request
 
 # torch.compile fuses what is between the products and launches whole graphs.

@@ -15,8 +15,8 @@ from pathlib import Path
 from benchmarks.published import CLAIMS, SERIES, Claim, Series, layout
 from comfy_xdit import cluster
 from comfy_xdit.cluster import Cluster
-from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.prediction import predict
+from comfy_xdit.protocol.parallel import ParallelConfig
 
 TEMPLATE = Path(__file__).with_name("planner.template.md")
 DOCUMENT = Path(__file__).parent.parent / "docs" / "planner.md"

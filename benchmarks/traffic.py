@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.counted import COUNTS
 from comfy_xdit.group import WorkerGroup
-from comfy_xdit.messages import ImagePrompt, Sample
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.messages import ImagePrompt, Sample
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 from tests import tiny
 from worker.models.flux import Flux
 

@@ -10,9 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from comfy_xdit.messages import Decode, Encode, Ready
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.rpc import Invitation, Rank
+from comfy_xdit.protocol.messages import Decode, Encode, Ready
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.rpc import Invitation, Rank
 from worker.__main__ import run
 from worker.engine import Engine
 from worker.loop import Run, serve

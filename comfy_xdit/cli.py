@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from comfy_xdit import __version__
-from comfy_xdit.errors import Interrupted, InvalidInput, XDiTError
+from comfy_xdit.protocol.errors import Interrupted, InvalidInput, XDiTError
 
 DONE, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_xdit.spec import CONTROL_TYPES
+from comfy_xdit.protocol.spec import CONTROL_TYPES
 from comfy_xdit.work import apply_control_net, control_net_stamp, open_control_net, surroundings
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from comfy_xdit.environment import ROOT
-from comfy_xdit.errors import InvalidInput, XDiTError
+from comfy_xdit.protocol.errors import InvalidInput, XDiTError
 
 REQUIREMENTS = ROOT / "requirements.txt"
 TORCH = "torch>=2.8"  # in no requirements file: a pack must never replace the torch a ComfyUI has
@@ -122,8 +122,8 @@ def device_findings() -> Iterator[Finding]:
     """The devices ranks can be put on."""
     import torch
 
-    from comfy_xdit.parallel import available_devices
     from comfy_xdit.plan_command import outline
+    from comfy_xdit.protocol.parallel import available_devices
 
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -138,9 +138,9 @@ def device_findings() -> Iterator[Finding]:
 def rank_finding() -> Finding:
     """Does a rank start, and how long does that take?"""
     from comfy_xdit.group import WorkerGroup
-    from comfy_xdit.messages import Load
-    from comfy_xdit.parallel import ParallelConfig
-    from comfy_xdit.spec import ModelSpec
+    from comfy_xdit.protocol.messages import Load
+    from comfy_xdit.protocol.parallel import ParallelConfig
+    from comfy_xdit.protocol.spec import ModelSpec
 
     group = WorkerGroup(ParallelConfig())
     try:

@@ -18,12 +18,12 @@ import torch
 
 from comfy_xdit import conversion, demo_files, patches
 from comfy_xdit.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
-from comfy_xdit.errors import Interrupted, InvalidInput
 from comfy_xdit.ip_adapter import PicturePrompt, at_sigmas
-from comfy_xdit.messages import Progress, Sample
+from comfy_xdit.protocol.errors import Interrupted, InvalidInput
+from comfy_xdit.protocol.messages import Progress, Sample
+from comfy_xdit.protocol.spec import LoraFile
 from comfy_xdit.remote import Remote, RemoteModel, RemoteTextEncoders, RemoteVAE
 from comfy_xdit.schedulers import SCHEDULERS, Sampling
-from comfy_xdit.spec import LoraFile
 
 SAMPLERS = conversion.SAMPLERS
 # Environment: a folder with diffusers/, diffusion_models/, loras/, vae/, controlnet/, ipadapter/

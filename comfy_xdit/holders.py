@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from comfy_xdit.errors import XDiTError
-from comfy_xdit.messages import Forget
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ControlNet, ModelSpec
+from comfy_xdit.protocol.errors import XDiTError
+from comfy_xdit.protocol.messages import Forget
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 
 if TYPE_CHECKING:
     from comfy_xdit.group import WorkerGroup

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.errors import Interrupted, InvalidInput
-from comfy_xdit.messages import ImagePrompt
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import IPAdapterFile
+from comfy_xdit.protocol.errors import Interrupted, InvalidInput
+from comfy_xdit.protocol.messages import ImagePrompt
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import IPAdapterFile
 
 # What ComfyUI's CLIP Vision Encode gives and adapters take.
 OUTPUTS = ("image_embeds", "penultimate_hidden_states")

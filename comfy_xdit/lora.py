@@ -10,8 +10,8 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from comfy_xdit.errors import Interrupted
-from comfy_xdit.spec import LoraFile
+from comfy_xdit.protocol.errors import Interrupted
+from comfy_xdit.protocol.spec import LoraFile
 
 SHOWN = 5  # names of tensors that match nothing
 _log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from comfy_xdit.environment import ROOT
-from comfy_xdit.errors import XDiTError
+from comfy_xdit.protocol.errors import XDiTError
 
 # What is imported under which name, and what pip calls it.
 NEEDED = {

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import NO_PATCHES, Keep, Known, Patch, PatchSet, flatten
-from comfy_xdit.spec import LoraFile
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import NO_PATCHES, Keep, Known, Patch, PatchSet, flatten
+from comfy_xdit.protocol.spec import LoraFile
 
 # What the ranks keep of sets that are not in use, for graphs that switch between them.
 KEPT_BYTES = 2 << 30

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 COMPRESSION = 4  # ComfyUI's
 NO_MASK_SIDE = 64  # of the mask of a picture without transparency

@@ -9,12 +9,12 @@ from typing import Any
 from comfy_xdit import cluster, planner
 from comfy_xdit.auto import description, dtype_bytes, machine
 from comfy_xdit.cluster import Cluster
-from comfy_xdit.errors import InvalidInput
 from comfy_xdit.measured import Measured
-from comfy_xdit.parallel import DEGREES, available_devices
 from comfy_xdit.planner import Candidate, Plan, figure
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.parallel import DEGREES, available_devices
+from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.request import FAMILIES, ModelShape, Request
-from comfy_xdit.spec import ModelSpec
 
 HEADERS = ("layout", "ranks", "predicted", "measured", "speed-up", "memory/rank", "")
 SHOWN = 12

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 EMPHASIS = 1.1  # what one pair of parentheses without a number multiplies the weight by
 _PARENTHESIS = re.compile(r"\\[()]|[()]")

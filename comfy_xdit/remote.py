@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError
 from comfy_xdit.group import holders, running_groups, worker_group
 from comfy_xdit.ip_adapter import PicturePrompt, check_files, refuse_stages
-from comfy_xdit.messages import (
+from comfy_xdit.patches import SentPatches
+from comfy_xdit.protocol.errors import Interrupted, InvalidInput, RemoteError
+from comfy_xdit.protocol.messages import (
     NO_PATCHES,
     AppliedControlNet,
     Check,
@@ -37,10 +38,9 @@ from comfy_xdit.messages import (
     Result,
     Sample,
 )
-from comfy_xdit.parallel import ParallelConfig, available_devices
-from comfy_xdit.patches import SentPatches
+from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
+from comfy_xdit.protocol.spec import IPAdapterFile, LoraFile, ModelSpec
 from comfy_xdit.refine import Calls
-from comfy_xdit.spec import IPAdapterFile, LoraFile, ModelSpec
 
 Interrupt = Callable[[], bool]
 # Smaller tensors cost less to send than to compare.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_xdit.messages import Failure
+from comfy_xdit.protocol.messages import Failure
 
 # What a rank says when another one went away: the consequence, never the cause.
 _CONSEQUENCES = (

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6  # both parameters of the beta distribution

@@ -11,9 +11,9 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from comfy_xdit.errors import Interrupted
-from comfy_xdit.parallel import Automatic, ParallelConfig, available_devices, parse_devices
-from comfy_xdit.spec import ControlNet, ModelSpec
+from comfy_xdit.protocol.errors import Interrupted
+from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_devices, parse_devices
+from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 
 if TYPE_CHECKING:
     from comfy_xdit.remote import Remote

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from comfy_xdit.messages import AppliedControlNet
-from comfy_xdit.spec import ControlNet
+from comfy_xdit.protocol.messages import AppliedControlNet
+from comfy_xdit.protocol.spec import ControlNet
 from tests import tiny
 from worker.models.base import packed, to_whole_patches
 from worker.models.flux import Flux

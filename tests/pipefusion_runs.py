@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.parity import multiplier
-from comfy_xdit.messages import Sample
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.messages import Sample
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote import RemoteModel
-from comfy_xdit.spec import ModelSpec
 from tests import pipefusion_reference, tiny
 from worker.models.flux import Flux
 from worker.models.sd3 import SD3

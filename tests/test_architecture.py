@@ -46,7 +46,8 @@ def test_the_ranks_know_nothing_of_comfyui():
 
 
 def test_two_modules_of_the_ranks_know_xfuser():
-    assert users("worker", {"xfuser", "yunchang"}) == {"worker/parallel.py", "worker/xfuser_compat.py"}
+    known = {"worker/parallel.py", "worker/xfuser_compat.py"}
+    assert users("worker", {"xfuser", "yunchang"}) == known
 
 
 def test_the_transport_is_known_in_one_place():
@@ -57,7 +58,7 @@ def test_the_transport_is_known_in_one_place():
         if "TCPStore" in ast.unparse(_without_docstrings(f))
         or "queue_push" in ast.unparse(_without_docstrings(f))
     }
-    assert store == {"comfy_xdit/rpc.py"}
+    assert store == {"comfy_xdit/protocol/rpc.py"}
 
 
 def _without_docstrings(path: Path) -> ast.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Checkpoint
 from worker.models import detect
 from worker.models.flux import Flux

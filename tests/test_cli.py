@@ -13,7 +13,7 @@ import pytest
 
 from comfy_xdit import cli, doctor
 from comfy_xdit.environment import ROOT
-from comfy_xdit.errors import RemoteError
+from comfy_xdit.protocol.errors import RemoteError
 
 DEMO = ROOT / "workflows" / "api" / "demo.json"
 SECONDS = 120  # for a start of two ranks on a busy machine

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.layouts import LAYOUTS
 from benchmarks.parity import PER_CALL, multiplier
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import flatten, rebuild
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import flatten, rebuild
+from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote import RemoteModel
-from comfy_xdit.spec import ModelSpec
 from tests import tiny
 
 # 33 tokens: two ranks have 17 and 16; four have 9, 8, 8 and 8, which do not lie at multiples of 9.

@@ -15,10 +15,10 @@ from comfy_xdit import holders as life
 from comfy_xdit.controlnet import open_control_net, scaled
 from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.group import worker_group
-from comfy_xdit.messages import Forget, Keep, Status
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.messages import Forget, Keep, Status
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote import RemoteModel, RemoteVAE
-from comfy_xdit.spec import ModelSpec
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random
 from tests.test_controlnet_ranks import plain_run

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.parity import LAYOUTS, PER_CALL, PER_RUN, SHARDED, multiplier
-from comfy_xdit.messages import Sample
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.messages import Sample
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from comfy_xdit.remote import RemoteModel
-from comfy_xdit.spec import ControlNet, ModelSpec
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random, reference
 

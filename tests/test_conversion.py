@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from comfy_xdit import conversion
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import ModelSpec
 
 SPEC = ModelSpec("/models/some.safetensors", "transformer")
 SD3_INFO = {

@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from comfy_xdit.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
 from comfy_xdit.group import WorkerGroup
-from comfy_xdit.messages import Denoise, Keep, Known, Load, Sample
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
+from comfy_xdit.protocol.messages import Denoise, Keep, Known, Load, Sample
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -207,9 +207,9 @@ HOST = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from comfy_xdit.group import WorkerGroup
-from comfy_xdit.messages import Load
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.messages import Load
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 if __name__ == "__main__":
     group = WorkerGroup(ParallelConfig(ulysses_degree=2))
     group.call(Load(ModelSpec.of({file!r}, "transformer")))

@@ -11,7 +11,7 @@ import pytest
 from comfy_xdit import cluster, measured, remembered
 from comfy_xdit.environment import ROOT
 from comfy_xdit.measured import Measured, remember
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.request import FAMILIES, Request
 
 CPU = cluster.of_cpu(2, 1 << 34)
@@ -87,7 +87,7 @@ import sys
 from dataclasses import replace
 from comfy_xdit import cluster
 from comfy_xdit.measured import remember
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.request import FAMILIES, Request
 start = int(sys.argv[1])
 for tokens in range(start, start + 60):

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.layouts import LAYOUTS
 from benchmarks.parity import MODELS, PER_CALL, PER_RUN, SIZES, cell, multiplier, twenty_steps, worst
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote import RemoteModel
-from comfy_xdit.spec import ModelSpec
 from tests import tiny
 
 

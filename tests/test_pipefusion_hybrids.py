@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig
 from tests.pipefusion_runs import ALL, EXACT, MODELS, drift, plain, request, simulated, uneven, write_models
 
 LAYOUTS = {

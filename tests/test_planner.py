@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks import plan_check, simulation
 from comfy_xdit import cli, cluster, planner, topology
-from comfy_xdit.errors import InvalidInput
 from comfy_xdit.measured import Measured
-from comfy_xdit.parallel import ParallelConfig
 from comfy_xdit.prediction import predict
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.request import FAMILIES, ModelShape, Request
 
 FLUX = Request.picture(FAMILIES["flux"])

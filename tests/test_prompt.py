@@ -2,8 +2,8 @@
 
 import pytest
 
-from comfy_xdit.errors import InvalidInput
 from comfy_xdit.prompt import parse_weights
+from comfy_xdit.protocol.errors import InvalidInput
 
 
 @pytest.mark.parametrize(

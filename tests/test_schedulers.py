@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.schedulers import SCHEDULERS, Sampling, sigmas_of
 
 SD3 = Sampling("discrete_flow", 3.0, 1000.0)

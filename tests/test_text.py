@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import ModelSpec
 from tests import tiny
 from worker.text import Chunked, TextEncoders, chunk
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from comfy_xdit.messages import Failure, Ready
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.rpc import Invitation, Rank
+from comfy_xdit.protocol.messages import Failure, Ready
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.rpc import Invitation, Rank
 from worker import lifeline
 
 

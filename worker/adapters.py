@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Patch
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Patch
 
 Tensors = dict[str, torch.Tensor]
 # A change, and what it is to be multiplied with besides the strength.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import pad
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import ImagePrompt
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import ImagePrompt
 
 if TYPE_CHECKING:
     from worker.controlnets import NetCall

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")

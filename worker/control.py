@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 Residuals = Mapping[str, list[torch.Tensor | None]]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from comfy_xdit.controlnet_files import ControlNetKind
+from comfy_xdit.protocol.controlnet_files import ControlNetKind
 from worker.checkpoints import Shapes, Source
 from worker.control import Residuals
 from worker.models.base import Call, packed

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import init_empty_weights
 
-from comfy_xdit.controlnet_files import ControlNetKind, kind_of
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import AppliedControlNet
-from comfy_xdit.spec import ControlNet, ModelSpec
+from comfy_xdit.protocol.controlnet_files import ControlNetKind, kind_of
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import AppliedControlNet
+from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.checkpoints import Checkpoint, Shapes, check_complete, read_json
 from worker.control import Residuals
 from worker.controlnet_families import FAMILIES, ControlNetFamily

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import (
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import (
     AppliedControlNet,
     Check,
     CheckIPAdapter,
@@ -29,7 +29,7 @@ from comfy_xdit.messages import (
     Sample,
     Status,
 )
-from comfy_xdit.spec import ControlNet, ModelSpec
+from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.batch import Batch, Pictures
 from worker.controlnets import FittedControlNet, NetCall, NetSpec
 from worker.loop import Run

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from comfy_xdit.messages import Sample
+from comfy_xdit.protocol.messages import Sample
 
 
 @dataclass(frozen=True)

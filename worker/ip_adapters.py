@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.spec import IPAdapterFile
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import IPAdapterFile
 from worker import xfuser_compat
 from worker.batch import Pictures
 from worker.checkpoints import Checkpoint, Source

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from comfy_xdit.errors import Interrupted, InvalidInput
-from comfy_xdit.messages import Cancelled, Failure, Result, Stop
-from comfy_xdit.rpc import Rank
+from comfy_xdit.protocol.errors import Interrupted, InvalidInput
+from comfy_xdit.protocol.messages import Cancelled, Failure, Result, Stop
+from comfy_xdit.protocol.rpc import Rank
 
 
 class Run:

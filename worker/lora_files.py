@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Patch
-from comfy_xdit.spec import LoraFile
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Patch
+from comfy_xdit.protocol.spec import LoraFile
 from worker.adapters import patched
 from worker.checkpoints import Checkpoint, Shapes, Source
 from worker.lora_names import READ, TEXT_ENCODERS, LoraNames, Place

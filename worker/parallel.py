@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.rpc import Rank
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.rpc import Rank
 from worker import xfuser_compat
 from worker.pipeline import Pipeline
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from comfy_xdit.messages import Sample
+from comfy_xdit.protocol.messages import Sample
 from worker.guidance import Guidance
 from worker.key_value_cache import Span
 from worker.models.base import PATCH, packed, to_whole_patches, unpacked

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Keep, Known, Patch, PatchSet
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Keep, Known, Patch, PatchSet
 from worker.adapters import Tensors, patched
 from worker.checkpoints import Checkpoint, Source
 from worker.lora_files import FileTensor, LoraFiles

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Sample
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Sample
 from worker.batch import Batch
 from worker.key_value_cache import KeyValueCache, PatchTokens, brings_text, spans
 from worker.loop import Run

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import Sample
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Sample
 from worker.batch import Batch, Pictures, join
 from worker.controlnets import NetCall, same_nets
 from worker.guidance import Guidance

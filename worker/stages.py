@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from torch import nn
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from worker.models.base import StageParts
 
 

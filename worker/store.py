@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.spec import ModelSpec
 
 BUDGET = "XDIT_MODEL_BYTES"  # environment: bytes of models a rank may keep, instead of the share below
 CPU_SHARE = 0.5  # of the machine's memory, over all ranks of a group

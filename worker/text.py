@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint, read_json
 
 LONGEST_WHOLE_GROUP = 8  # a longer run of tokens may be cut at the end of a chunk

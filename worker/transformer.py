@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import ModelSpec
 from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, check_complete, read_json
 from worker.control import ControlResiduals, Residuals, check_residuals

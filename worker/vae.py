@@ -10,8 +10,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.spec import ModelSpec
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import ModelSpec
 from worker.autoencoders import AUTOENCODERS, diffusers_class
 from worker.loop import Run
 from worker.parallel import RankGroups

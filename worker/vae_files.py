@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Checkpoint, Shapes, Source, read_json
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # a whole checkpoint holds the VAE under one

@@ -14,8 +14,8 @@ import torch
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.twin import read_header
-from comfy_xdit.errors import InvalidInput
 from comfy_xdit.prompt import parse_weights
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteTextEncoders
 
 Prompts = dict[str, list[list[tuple[str, float]]]]

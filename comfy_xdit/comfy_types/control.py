@@ -14,7 +14,7 @@ import comfy.utils
 import torch
 from safetensors import safe_open
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 # Lists by where a transformer adds them. Which of them a family reads, its file in the ranks says.
 PLACES = ("input", "output")

@@ -24,8 +24,8 @@ from comfy_xdit.controlnet import (
     hint_of,
     mode_of,
 )
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import AppliedControlNet
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import AppliedControlNet
 from comfy_xdit.remote import RemoteModel
 
 # Where the descriptions stand in a call's transformer_options: residuals of stock ControlNets go another

@@ -8,7 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from comfy_xdit import demo_files
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 INDEX = "model_index.json"
 CONFIG = "config.json"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import comfy.model_management
 
-from comfy_xdit.errors import Interrupted
+from comfy_xdit.protocol.errors import Interrupted
 
 
 def interrupted() -> bool:

@@ -19,8 +19,8 @@ import torch
 from comfy_xdit.comfy_types.control_net import nets_of_run, runs_in_ranks
 from comfy_xdit.comfy_types.model import pictures_of, rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
-from comfy_xdit.errors import InvalidInput
-from comfy_xdit.messages import AppliedControlNet, Progress, Sample
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import AppliedControlNet, Progress, Sample
 
 SAMPLERS_IN_RANKS = ("euler", "heun", "dpmpp_2m")
 USE_KSAMPLER = "Use the stock KSampler with this MODEL for that."

@@ -18,7 +18,7 @@ import comfy.utils
 import torch
 
 from comfy_xdit.comfy_types.control import lend_embedders
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 META = torch.device("meta")
 # Names of safetensors headers. What is not here (packed formats) has bytes for elements.

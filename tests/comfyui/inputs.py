@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.environment import ROOT
-from comfy_xdit.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig
 from tests import tiny
 
 DEMO = ROOT / "assets" / "demo"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from tests.comfyui.inputs import DEMO, layout, relative_l2
 
 PROMPT = "a large red circle on the left on a blue background"

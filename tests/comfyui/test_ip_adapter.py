@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from tests import ip_adapter_files, tiny
 from tests.comfyui.inputs import conditioning_for, empty_latent, pair, relative_l2
 from worker.models.flux import Flux

@@ -53,7 +53,7 @@ def _sample(run_node, model) -> Any:
 def _ranks(model: Any) -> list[dict[str, Any]]:
     from comfy_xdit.comfy_types import remote_of
     from comfy_xdit.group import worker_group
-    from comfy_xdit.messages import Status
+    from comfy_xdit.protocol.messages import Status
 
     group = worker_group(remote_of(model).parallel)
     return [group.call(Status(), ranks=(rank,)).value for rank in range(2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from tests import tiny
 from tests.comfyui import loras
 from tests.comfyui.inputs import conditioning_for, empty_latent, layout, pair, random_latent, relative_l2

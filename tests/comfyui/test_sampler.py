@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from tests.comfyui.inputs import empty_latent, layout, random_conditioning, random_latent, relative_l2
 
 PER_RUN = 1e-4

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.schedulers import SCHEDULERS, Sampling, sigmas_of
 
 MODULES = ("model_sampling", "samplers")

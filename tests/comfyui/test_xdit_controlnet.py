@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_xdit.errors import InvalidInput
 from comfy_xdit.group import worker_group
+from comfy_xdit.protocol.errors import InvalidInput
 from tests import controlnets
 from tests.comfyui.inputs import (
     FAMILIES,
@@ -106,7 +106,7 @@ def sampled(run_node, model, sides, node="KSampler", batch: int = 1, **settings)
 @pytest.fixture
 def calls(monkeypatch) -> list[SimpleNamespace]:
     """Every call of a transformer in the ranks: rows, nets, and hints that travelled."""
-    from comfy_xdit.messages import Keep
+    from comfy_xdit.protocol.messages import Keep
     from comfy_xdit.remote import RemoteModel, SentTensors
 
     seen: list[SimpleNamespace] = []

@@ -1,6 +1,6 @@
 """The families of diffusion transformers: one file and one line each."""
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Shapes
 from worker.models.base import ModelFamily
 from worker.models.flux import Flux

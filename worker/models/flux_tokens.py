@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from worker.models.base import PATCH, packed, to_whole_patches
 
 METHODS = ("offset", "index", "uxo")

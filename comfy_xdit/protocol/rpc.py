@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.errors import WorkerDied
-from comfy_xdit.messages import Progress, flatten, rebuild
-from comfy_xdit.shared_memory import ALIGNMENT, HEADER_BYTES, Segment
+from comfy_xdit.protocol.errors import WorkerDied
+from comfy_xdit.protocol.messages import Progress, flatten, rebuild
+from comfy_xdit.protocol.shared_memory import ALIGNMENT, HEADER_BYTES, Segment
 
 LOOPBACK = "127.0.0.1"
 IDLE = timedelta(days=3650)  # a rank waits for its next command as long as its host lives

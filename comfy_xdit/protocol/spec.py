@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16")
 # The control types of FLUX.1's union ControlNets (InstantX, Shakker Labs), by their numbers.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.parallel import ParallelConfig
-from comfy_xdit.spec import ControlNet, IPAdapterFile, LoraFile, ModelSpec
+from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.spec import ControlNet, IPAdapterFile, LoraFile, ModelSpec
 
 # ------------------------------------------------------------------ host -> ranks
 

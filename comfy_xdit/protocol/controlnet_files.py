@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from comfy_xdit.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 
 Shapes = Mapping[str, tuple[int, ...]]
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
