@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from comfy_xdit.group import WorkerGroup
 from comfy_xdit.protocol.messages import Denoise
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import WorkerGroup
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"512 KiB": 512 * KIB, "4 MiB": 4 * MIB, "64 MiB": 64 * MIB}

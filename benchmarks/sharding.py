@@ -13,10 +13,10 @@ import psutil
 import torch
 
 from benchmarks.parity import multiplier
-from comfy_xdit.group import worker_group
 from comfy_xdit.protocol.messages import Sample, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote import RemoteModel
 from tests import tiny
 from worker.models.sd3 import SD3

@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 from benchmarks.chart import bars
-from comfy_xdit.environment import ROOT
-from comfy_xdit.group import running_groups
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.environment import ROOT
+from comfy_xdit.ranks.group import running_groups
 from comfy_xdit.remote import RemoteModel
 from tests import tiny
 from worker.models.flux import Flux

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.counted import COUNTS
-from comfy_xdit.group import WorkerGroup
 from comfy_xdit.protocol.messages import ImagePrompt, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import WorkerGroup
 from tests import tiny
 from worker.models.flux import Flux
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.group import WorkerGroup
 from comfy_xdit.protocol.messages import Decode, Encode
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import WorkerGroup
 from tests import vaes
 from tests.tiny import relative_l2
 

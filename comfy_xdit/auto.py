@@ -14,12 +14,12 @@ from typing import Any
 
 from comfy_xdit import __version__, planner, remembered
 from comfy_xdit.cluster import Cluster
-from comfy_xdit.group import running_groups, worker_group
 from comfy_xdit.measured import Measured
 from comfy_xdit.planner import Plan
 from comfy_xdit.protocol.messages import Check
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import running_groups, worker_group
 from comfy_xdit.request import ModelShape, Request
 from comfy_xdit.topology import this_machine
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.group import holders, worker_group
 from comfy_xdit.protocol.controlnet_files import ControlNetKind, kind_at
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import CONTROL_TYPES, ControlNet
+from comfy_xdit.ranks.group import holders, worker_group
 from comfy_xdit.remote import RemoteModel
 from comfy_xdit.schedulers import Sampling
 

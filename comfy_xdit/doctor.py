@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from comfy_xdit.environment import ROOT
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
+from comfy_xdit.ranks.environment import ROOT
 
 REQUIREMENTS = ROOT / "requirements.txt"
 TORCH = "torch>=2.8"  # in no requirements file: a pack must never replace the torch a ComfyUI has
@@ -137,10 +137,10 @@ def device_findings() -> Iterator[Finding]:
 
 def rank_finding() -> Finding:
     """Does a rank start, and how long does that take?"""
-    from comfy_xdit.group import WorkerGroup
     from comfy_xdit.protocol.messages import Load
     from comfy_xdit.protocol.parallel import ParallelConfig
     from comfy_xdit.protocol.spec import ModelSpec
+    from comfy_xdit.ranks.group import WorkerGroup
 
     group = WorkerGroup(ParallelConfig())
     try:

@@ -11,8 +11,8 @@ from typing import Any
 
 from comfy_xdit import remembered
 from comfy_xdit.cluster import Cluster
-from comfy_xdit.environment import rank_threads
 from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig
+from comfy_xdit.ranks.environment import rank_threads
 from comfy_xdit.request import Request
 
 NAME = "measured.json"

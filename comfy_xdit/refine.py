@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_xdit.auto import machine
-from comfy_xdit.group import Timing
 from comfy_xdit.measured import remember
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.ranks.group import Timing
 from comfy_xdit.request import ModelShape, Request
 
 LATENT_PER_TOKEN = 2  # latent pixels per side of a token

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from comfy_xdit import headless
 from comfy_xdit.demo_files import DEMO
-from comfy_xdit.environment import ROOT
 from comfy_xdit.pictures import Folders
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
+from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.stock_nodes import NODE_CLASS_MAPPINGS as STOCK
 from comfy_xdit.workflow_format import WorkflowFile, override, read_workflow
 from comfy_xdit.workflow_validation import Classes, Workflow, execution_order, is_link

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from comfy_xdit import cli, doctor
-from comfy_xdit.environment import ROOT
 from comfy_xdit.protocol.errors import RemoteError
+from comfy_xdit.ranks.environment import ROOT
 
 DEMO = ROOT / "workflows" / "api" / "demo.json"
 SECONDS = 120  # for a start of two ranks on a busy machine

@@ -11,13 +11,13 @@ import torch
 
 from benchmarks.parity import PER_RUN
 from comfy_xdit import headless
-from comfy_xdit import holders as life
 from comfy_xdit.controlnet import open_control_net, scaled
 from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
-from comfy_xdit.group import worker_group
 from comfy_xdit.protocol.messages import Forget, Keep, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks import holders as life
+from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote import RemoteModel, RemoteVAE
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random

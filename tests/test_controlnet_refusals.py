@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from comfy_xdit import headless
 from comfy_xdit.controlnet import open_control_net
-from comfy_xdit.group import worker_group
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
+from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote import RemoteModel
 from tests import controlnets, tiny
 from tests.controlnets import NETS, applied, hint_for, made, random

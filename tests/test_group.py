@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from comfy_xdit.group import WorkerGroup
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
 from comfy_xdit.protocol.messages import Denoise, Keep, Known, Load, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import WorkerGroup
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ def test_a_killed_rank_is_an_error_in_two_seconds_and_the_next_call_runs(group, 
 def test_a_stuck_rank_is_an_error_in_seconds(group, tiny_models, monkeypatch, victim):
     """A stopped process neither ends nor closes a connection: only its heartbeat is missing."""
     group.call(long_run(tiny_models["sd3"], 2))
-    monkeypatch.setattr("comfy_xdit.group.STUCK_SECONDS", 4.0)
+    monkeypatch.setattr("comfy_xdit.ranks.group.STUCK_SECONDS", 4.0)
     stopped = []
 
     def stop_once(progress):
@@ -189,7 +189,7 @@ def test_a_message_without_the_secret_is_refused(tiny_models):
 
 
 def test_a_rank_sees_only_its_own_device_and_none_of_the_hosts_settings():
-    from comfy_xdit.environment import rank_environment
+    from comfy_xdit.ranks.environment import rank_environment
 
     host = {
         "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "4,5", "MASTER_PORT": "29500", "RANK": "7",
@@ -206,7 +206,7 @@ def test_a_rank_sees_only_its_own_device_and_none_of_the_hosts_settings():
 HOST = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from comfy_xdit.group import WorkerGroup
+from comfy_xdit.ranks.group import WorkerGroup
 from comfy_xdit.protocol.messages import Load
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec

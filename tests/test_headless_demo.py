@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfy_xdit.demo_files import DEMO
-from comfy_xdit.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.workflow import Finished, run_file
 
 PIPELINE = DEMO / "pipeline"

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 
 from benchmarks.parity import LAYOUTS, PER_CALL, PER_RUN, multiplier
 from comfy_xdit import headless
-from comfy_xdit.group import worker_group
 from comfy_xdit.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter, negative_rows
 from comfy_xdit.lora import add_lora
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Forget, ImagePrompt, Keep, Known, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import IPAdapterFile, ModelSpec
+from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote import RemoteModel
 from comfy_xdit.schedulers import Sampling
 from tests import ip_adapter_files, lora_files, tiny

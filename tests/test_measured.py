@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from comfy_xdit import cluster, measured, remembered
-from comfy_xdit.environment import ROOT
 from comfy_xdit.measured import Measured, remember
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.request import FAMILIES, Request
 
 CPU = cluster.of_cpu(2, 1 << 34)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from comfy_xdit.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT
 
 # -S -I: no site-packages, no environment, no current folder: the standard library alone.
 PROGRAM = """

@@ -7,8 +7,8 @@ import threading
 
 import psutil
 
-from comfy_xdit.group import worker_group
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote import RemoteModel
 from tests import pipefusion_runs as runs
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from comfy_xdit import headless
-from comfy_xdit.group import worker_group
 from comfy_xdit.pictures import Folders, save
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, parse_devices
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote import RemoteModel
 from comfy_xdit.workflow_format import api_of
 from tests import tiny

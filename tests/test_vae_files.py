@@ -12,10 +12,10 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from safetensors.torch import save_file
 from torch import nn
 
-from comfy_xdit.group import worker_group
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote import RemoteVAE
 from tests import vaes
 from tests.tiny import relative_l2

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_xdit.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT
 from tests import tiny
 from tests.comfyui.inputs import DEMO, FLUX_CONFIG, LAYOUTS, SHIM, python_path
 from worker.models.flux import Flux
@@ -64,7 +64,7 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         for path in (*filter(Path.is_file, extras), ROOT):
             assert asyncio.run(nodes.load_custom_node(str(path))), f"ComfyUI could not load {path}"
         yield SimpleNamespace(nodes=nodes, models=models, mappings=nodes.NODE_CLASS_MAPPINGS)
-    from comfy_xdit.group import running_groups
+    from comfy_xdit.ranks.group import running_groups
 
     for group in running_groups():
         group.close()

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.environment import ROOT
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.ranks.environment import ROOT
 from tests import tiny
 
 DEMO = ROOT / "assets" / "demo"

@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from comfy_xdit.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import python_path
 
 START_SECONDS = 180.0

@@ -14,8 +14,8 @@ import torch
 from check_demo_pictures import FOLLOWED, edge_overlap
 from PIL import Image
 
-from comfy_xdit.environment import ROOT
 from comfy_xdit.pictures import load
+from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import DEMO, layout, relative_l2
 
 STOCK = ROOT / "workflows" / "api" / "demo_controlnet_stock.json"

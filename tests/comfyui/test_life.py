@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from comfy_xdit.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import DEMO, empty_latent, layout, random_conditioning
 from tests.comfyui.server import Client, Run, Server
 
@@ -52,8 +52,8 @@ def _sample(run_node, model) -> Any:
 
 def _ranks(model: Any) -> list[dict[str, Any]]:
     from comfy_xdit.comfy_types import remote_of
-    from comfy_xdit.group import worker_group
     from comfy_xdit.protocol.messages import Status
+    from comfy_xdit.ranks.group import worker_group
 
     group = worker_group(remote_of(model).parallel)
     return [group.call(Status(), ranks=(rank,)).value for rank in range(2)]

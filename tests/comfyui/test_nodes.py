@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 
-from comfy_xdit.environment import ROOT
-from comfy_xdit.group import worker_group
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
+from comfy_xdit.ranks.environment import ROOT
+from comfy_xdit.ranks.group import worker_group
 from tests.comfyui.inputs import DEMO, empty_latent, layout, random_conditioning
 
 NODES = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_xdit.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import FAMILIES, empty_latent, pair, random_conditioning, relative_l2
 
 # The target is 1e-4. Measured is at most 8e-6, the rounding of another order of sums, also for SDE

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image, ImageChops
 
-from comfy_xdit.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import DEMO, python_path
 from tests.comfyui.server import Client, Run, Server
 

@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from comfy_xdit.environment import ROOT, rank_environment
-from comfy_xdit.holders import Holders
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
 from comfy_xdit.protocol.messages import Cancelled, Failure, Forget, Progress, Result, Stop
 from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig, available_devices
 from comfy_xdit.protocol.rpc import Event, Host
-from comfy_xdit.replies import agree, is_consequence
+from comfy_xdit.ranks.agreement import agree, is_consequence
+from comfy_xdit.ranks.environment import ROOT, rank_environment
+from comfy_xdit.ranks.holders import Holders
 
 START_SECONDS = 180.0
 CALL_SECONDS = 3600.0  # without any sign of life from a rank; progress starts it anew

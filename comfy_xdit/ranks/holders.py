@@ -25,7 +25,7 @@ from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 
 if TYPE_CHECKING:
-    from comfy_xdit.group import WorkerGroup
+    from comfy_xdit.ranks.group import WorkerGroup
 
 LINGER_SECONDS = 60.0
 RELEASE_SECONDS = 5.0  # how long ComfyUI's own thread waits for ranks that are busy

@@ -1,0 +1,1 @@
+"""The processes that compute: start, call, watch, end; one group per layout."""
