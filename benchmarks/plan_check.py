@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comfy_xdit import cluster, planner
-from comfy_xdit.measured import Measured
+from comfy_xdit.planning import cluster, planner
+from comfy_xdit.planning.measured import Measured
+from comfy_xdit.planning.request import FAMILIES, Request
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.request import FAMILIES, Request
 
 SLOWER = 1.05
 MEMORY = 1 << 40  # the table was measured, so it fitted

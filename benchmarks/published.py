@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from comfy_xdit.prediction import EAGER, Constants
+from comfy_xdit.planning.prediction import EAGER, Constants
+from comfy_xdit.planning.request import FAMILIES, ModelShape, Request
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.request import FAMILIES, ModelShape, Request
 
 # torch.compile fuses what is between the products and launches whole graphs.
 COMPILED = replace(EAGER, passes=10.0, launch=0.2e-3, launch_split=0.1e-3, launch_ring=0.05e-3)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.published import CLAIMS, SERIES, Claim, Series, layout
-from comfy_xdit import cluster
-from comfy_xdit.cluster import Cluster
-from comfy_xdit.prediction import predict
+from comfy_xdit.planning import cluster
+from comfy_xdit.planning.cluster import Cluster
+from comfy_xdit.planning.prediction import predict
 from comfy_xdit.protocol.parallel import ParallelConfig
 
 TEMPLATE = Path(__file__).with_name("planner.template.md")

@@ -127,7 +127,7 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 def _plan(chosen: argparse.Namespace) -> int:
-    from comfy_xdit import plan_command
+    from comfy_xdit.planning import command as plan_command
 
     size = {name: getattr(chosen, name) for name in ("width", "height", "steps", "batch", "cfg")}
     for line in plan_command.lines(

@@ -122,7 +122,7 @@ def device_findings() -> Iterator[Finding]:
     """The devices ranks can be put on."""
     import torch
 
-    from comfy_xdit.plan_command import outline
+    from comfy_xdit.planning.command import outline
     from comfy_xdit.protocol.parallel import available_devices
 
     if torch.cuda.is_available():

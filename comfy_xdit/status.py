@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from comfy_xdit import __version__
-from comfy_xdit.auto import chosen_for
-from comfy_xdit.plan_command import short
-from comfy_xdit.planner import figure
+from comfy_xdit.planning.auto import chosen_for
+from comfy_xdit.planning.command import short
+from comfy_xdit.planning.planner import figure
+from comfy_xdit.planning.request import DEFAULT_PIXELS
 from comfy_xdit.protocol.messages import Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.group import WorkerGroup, running_groups
-from comfy_xdit.request import DEFAULT_PIXELS
 
 CANDIDATES = 4  # of a plan that are shown
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))

@@ -53,7 +53,7 @@ def loaded(remote: Remote, here: ModuleType) -> Remote:
 
 def planned(parallel: ParallelConfig | Automatic | None, spec: ModelSpec, here: ModuleType) -> ParallelConfig:
     """The layout for the transformer `spec`: the one that is given, or the planner's."""
-    from comfy_xdit.auto import layout_of
+    from comfy_xdit.planning.auto import layout_of
 
     here.begin()
     try:
@@ -112,7 +112,7 @@ def sample(model: Any, latent_image: dict[str, Any], steps: int, **inputs: Any) 
 
 def load_vae(name: str, parallel: ParallelConfig | Automatic | None) -> Any:
     """A VAE over one file."""
-    from comfy_xdit.auto import layout_beside
+    from comfy_xdit.planning.auto import layout_beside
     from comfy_xdit.remote import RemoteVAE
 
     here = surroundings()

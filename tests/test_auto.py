@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import nodes
-from comfy_xdit import auto, measured, remembered
-from comfy_xdit.auto import layout_of, machine
-from comfy_xdit.measured import Measured
+from comfy_xdit.planning import auto, measured, remembered
+from comfy_xdit.planning.auto import layout_of, machine
+from comfy_xdit.planning.measured import Measured
+from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import running_groups
 from comfy_xdit.remote import RemoteModel
-from comfy_xdit.request import ModelShape, Request
 from comfy_xdit.status import report
 from tests import tiny
 from worker.models.flux import Flux

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from comfy_xdit import cluster, measured, remembered
-from comfy_xdit.measured import Measured, remember
+from comfy_xdit.planning import cluster, measured, remembered
+from comfy_xdit.planning.measured import Measured, remember
+from comfy_xdit.planning.request import FAMILIES, Request
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.environment import ROOT
-from comfy_xdit.request import FAMILIES, Request
 
 CPU = cluster.of_cpu(2, 1 << 34)
 SD3 = Request.picture(FAMILIES["sd3"])
@@ -85,10 +85,10 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(folder
 WRITER = """
 import sys
 from dataclasses import replace
-from comfy_xdit import cluster
-from comfy_xdit.measured import remember
+from comfy_xdit.planning import cluster
+from comfy_xdit.planning.measured import remember
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.request import FAMILIES, Request
+from comfy_xdit.planning.request import FAMILIES, Request
 start = int(sys.argv[1])
 for tokens in range(start, start + 60):
     request = replace(Request.picture(FAMILIES["sd3"]), image_tokens=tokens)

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import plan_check, simulation
-from comfy_xdit import cli, cluster, planner, topology
-from comfy_xdit.measured import Measured
-from comfy_xdit.prediction import predict
+from comfy_xdit import cli
+from comfy_xdit.planning import cluster, planner, topology
+from comfy_xdit.planning.measured import Measured
+from comfy_xdit.planning.prediction import predict
+from comfy_xdit.planning.request import FAMILIES, ModelShape, Request
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.request import FAMILIES, ModelShape, Request
 
 FLUX = Request.picture(FAMILIES["flux"])
 SD3 = Request.picture(FAMILIES["sd3"])

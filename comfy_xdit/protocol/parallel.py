@@ -132,7 +132,7 @@ def available_devices() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Automatic:
-    """Strategy `auto`: the loader chooses the layout, when it knows the model (comfy_xdit/auto.py).
+    """Strategy `auto`: the loader chooses the layout, when it knows the model (comfy_xdit/planning/auto.py).
 
     `devices` are those it may use; empty means all the machine offers. With `shard_weights` it chooses
     among layouts that spread the weights; without, it takes those where whole weights do not fit.

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from comfy_xdit import __version__, planner, remembered
-from comfy_xdit.cluster import Cluster
-from comfy_xdit.measured import Measured
-from comfy_xdit.planner import Plan
+from comfy_xdit import __version__
+from comfy_xdit.planning import planner, remembered
+from comfy_xdit.planning.cluster import Cluster
+from comfy_xdit.planning.measured import Measured
+from comfy_xdit.planning.planner import Plan
+from comfy_xdit.planning.request import ModelShape, Request
+from comfy_xdit.planning.topology import this_machine
 from comfy_xdit.protocol.messages import Check
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import running_groups, worker_group
-from comfy_xdit.request import ModelShape, Request
-from comfy_xdit.topology import this_machine
 
 NAME = "models.json"
 KEPT = 200  # descriptions

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_xdit.auto import machine
-from comfy_xdit.measured import remember
+from comfy_xdit.planning.auto import machine
+from comfy_xdit.planning.measured import remember
+from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.group import Timing
-from comfy_xdit.request import ModelShape, Request
 
 LATENT_PER_TOKEN = 2  # latent pixels per side of a token
 # What a sampler does per step: Heun calls twice, but for the last step.

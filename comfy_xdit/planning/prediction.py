@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from comfy_xdit.cluster import Cluster
+from comfy_xdit.planning.cluster import Cluster
+from comfy_xdit.planning.request import Request
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.environment import rank_threads
-from comfy_xdit.request import Request
 
 # Blocks' worth of weights that sharding gathers: the two largest, FLUX.1's being 1.7 times the mean.
 GATHERED = 3.5

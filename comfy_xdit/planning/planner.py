@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from statistics import geometric_mean
 
-from comfy_xdit import prediction
-from comfy_xdit.cluster import Cluster
-from comfy_xdit.measured import Measured
-from comfy_xdit.prediction import Prediction
+from comfy_xdit.planning import prediction
+from comfy_xdit.planning.cluster import Cluster
+from comfy_xdit.planning.measured import Measured
+from comfy_xdit.planning.prediction import Prediction
+from comfy_xdit.planning.request import Request
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.request import Request
 
 # Less than this is within the error of the model and of a measurement: fewer ranks are preferred.
 WORTH = 0.03

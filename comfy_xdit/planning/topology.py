@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 
-from comfy_xdit import cluster
-from comfy_xdit.cluster import Cluster, Link
+from comfy_xdit.planning import cluster
+from comfy_xdit.planning.cluster import Cluster, Link
 
 ASK_SECONDS = 5.0
 CPU_MEMORY_SHARE = 0.5  # as the ranks use it (worker/store.py)

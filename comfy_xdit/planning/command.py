@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from comfy_xdit import cluster, planner
-from comfy_xdit.auto import description, dtype_bytes, machine
-from comfy_xdit.cluster import Cluster
-from comfy_xdit.measured import Measured
-from comfy_xdit.planner import Candidate, Plan, figure
+from comfy_xdit.planning import cluster, planner
+from comfy_xdit.planning.auto import description, dtype_bytes, machine
+from comfy_xdit.planning.cluster import Cluster
+from comfy_xdit.planning.measured import Measured
+from comfy_xdit.planning.planner import Candidate, Plan, figure
+from comfy_xdit.planning.request import FAMILIES, ModelShape, Request
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import DEGREES, available_devices
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.request import FAMILIES, ModelShape, Request
 
 HEADERS = ("layout", "ranks", "predicted", "measured", "speed-up", "memory/rank", "")
 SHOWN = 12

@@ -1,0 +1,1 @@
+"""Which layout: a description of machine and model to a plan. Nothing here knows a family."""
