@@ -12,10 +12,10 @@ from typing import Any
 
 from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.ip_adapter_nodes import XDiTIPAdapterApply, XDiTIPAdapterLoader
-from comfy_xdit.lora import add_lora, lora_stamp
 from comfy_xdit.packages import install, missing_packages, unavailable
 from comfy_xdit.protocol.parallel import DEGREES, Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import WEIGHT_DTYPES
+from comfy_xdit.remote.lora import add_lora, lora_stamp
 from comfy_xdit.work import (
     TILES,
     decode,

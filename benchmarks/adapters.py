@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from benchmarks.layouts import LAYOUTS
 from benchmarks.parity import multiplier
 from comfy_xdit import headless
-from comfy_xdit.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter
-from comfy_xdit.lora import add_lora
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter
+from comfy_xdit.remote.lora import add_lora
+from comfy_xdit.remote.model import RemoteModel
 from tests import controlnets, ip_adapter_files, lora_files, tiny
 from tests.tiny import TinyModel
 

@@ -16,7 +16,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from tests.tiny import TinyModel
 

@@ -17,7 +17,7 @@ from comfy_xdit.protocol.messages import Sample, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.models.sd3 import SD3
 

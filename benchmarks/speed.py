@@ -32,7 +32,7 @@ from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.ranks.group import running_groups
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.models.flux import Flux
 

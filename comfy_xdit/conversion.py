@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from comfy_xdit.controlnet import Application, Hints, nets_of
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
-from comfy_xdit.schedulers import Sampling, sigmas_of
+from comfy_xdit.remote.controlnet import Application, Hints, nets_of
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.schedulers import Sampling, sigmas_of
 
 DEFAULT_GUIDANCE = 3.5  # what ComfyUI gives Flux when no FluxGuidance node is in the graph
 SAMPLERS = ("euler", "heun", "dpmpp_2m")

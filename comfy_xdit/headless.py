@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from comfy_xdit import conversion, demo_files, patches
-from comfy_xdit.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
-from comfy_xdit.ip_adapter import PicturePrompt, at_sigmas
+from comfy_xdit import conversion, demo_files
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Progress, Sample
 from comfy_xdit.protocol.spec import LoraFile
-from comfy_xdit.remote import Remote, RemoteModel, RemoteTextEncoders, RemoteVAE
-from comfy_xdit.schedulers import SCHEDULERS, Sampling
+from comfy_xdit.remote import patches
+from comfy_xdit.remote.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
+from comfy_xdit.remote.ip_adapter import PicturePrompt, at_sigmas
+from comfy_xdit.remote.model import Remote, RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.remote.schedulers import SCHEDULERS, Sampling
 
 SAMPLERS = conversion.SAMPLERS
 # Environment: a folder with diffusers/, diffusion_models/, loras/, vae/, controlnet/, ipadapter/

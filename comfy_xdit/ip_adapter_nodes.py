@@ -25,13 +25,13 @@ class XDiTIPAdapterLoader:
     @classmethod
     def IS_CHANGED(cls, ipadapter_name: str) -> tuple[int, int]:
         """Another file under the same name is another adapter."""
-        from comfy_xdit.ip_adapter import ip_adapter_stamp
+        from comfy_xdit.remote.ip_adapter import ip_adapter_stamp
 
         return ip_adapter_stamp(ipadapter_name, surroundings())
 
     def load(self, ipadapter_name: str) -> tuple[Any]:
         """Find the file."""
-        from comfy_xdit.ip_adapter import load_ip_adapter
+        from comfy_xdit.remote.ip_adapter import load_ip_adapter
 
         return (load_ip_adapter(ipadapter_name, surroundings()),)
 
@@ -69,6 +69,6 @@ class XDiTIPAdapterApply:
 
     def apply(self, **inputs: Any) -> tuple[Any]:
         """Have the ranks check the file and the picture."""
-        from comfy_xdit.ip_adapter import apply_ip_adapter
+        from comfy_xdit.remote.ip_adapter import apply_ip_adapter
 
         return (apply_ip_adapter(**inputs, here=surroundings()),)

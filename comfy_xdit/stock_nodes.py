@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from comfy_xdit import headless, pictures
-from comfy_xdit.lora import add_lora
 from comfy_xdit.pictures import Folders
-from comfy_xdit.prompt import parse_weights
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
-from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.remote.lora import add_lora
+from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.remote.prompt import parse_weights
 
 MAX_SIDE = 16384
 MAX_SEED = 0xFFFFFFFFFFFFFFFF

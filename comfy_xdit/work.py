@@ -16,7 +16,7 @@ from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_de
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 
 if TYPE_CHECKING:
-    from comfy_xdit.remote import Remote
+    from comfy_xdit.remote.model import Remote
 
 TILES = {"none": 0, "1024 px": 1024, "512 px": 512, "256 px": 256}  # of XDiTVAEDecode
 
@@ -67,7 +67,7 @@ def load_diffusion_model(
     unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
 ) -> Any:
     """A MODEL over one diffusion model file."""
-    from comfy_xdit.remote import RemoteModel
+    from comfy_xdit.remote.model import RemoteModel
 
     here = surroundings()
     spec = ModelSpec.of(here.diffusion_model_path(unet_name), "transformer", weight_dtype)
@@ -79,7 +79,7 @@ def load_pipeline(
     name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
 ) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE over one diffusers folder."""
-    from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
+    from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
 
     here = surroundings()
     folder = here.pipeline_path(name)
@@ -113,7 +113,7 @@ def sample(model: Any, latent_image: dict[str, Any], steps: int, **inputs: Any) 
 def load_vae(name: str, parallel: ParallelConfig | Automatic | None) -> Any:
     """A VAE over one file."""
     from comfy_xdit.planning.auto import layout_beside
-    from comfy_xdit.remote import RemoteVAE
+    from comfy_xdit.remote.model import RemoteVAE
 
     here = surroundings()
     spec = ModelSpec.of(here.vae_path(name), "vae")
@@ -130,7 +130,7 @@ def decode(samples: dict[str, Any], vae: Any, tiling: str) -> tuple[Any, str]:
 
 def open_control_net(name: str) -> Any:
     """A CONTROL_NET over one file or folder."""
-    from comfy_xdit import controlnet
+    from comfy_xdit.remote import controlnet
 
     return controlnet.open_control_net(name, surroundings())
 

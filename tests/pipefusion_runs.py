@@ -12,7 +12,7 @@ from benchmarks.parity import multiplier
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import pipefusion_reference, tiny
 from worker.models.flux import Flux
 from worker.models.sd3 import SD3

@@ -10,14 +10,14 @@ import psutil
 import pytest
 import torch
 
-from comfy_xdit import patches as host
-from comfy_xdit.patches import SentPatches, patch_set
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import NO_PATCHES, Keep, Known, Patch
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote import patches as host
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.patches import SentPatches, patch_set
 from tests import tiny
 from worker.checkpoints import Checkpoint
 from worker.lora_files import LoraFiles

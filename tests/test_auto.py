@@ -15,7 +15,7 @@ from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import running_groups
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.status import report
 from tests import tiny
 from worker.models.flux import Flux

@@ -10,7 +10,7 @@ from benchmarks.parity import PER_CALL, multiplier
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import flatten, rebuild
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 
 # 33 tokens: two ranks have 17 and 16; four have 9, 8, 8 and 8, which do not lie at multiples of 9.

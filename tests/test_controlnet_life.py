@@ -11,14 +11,14 @@ import torch
 
 from benchmarks.parity import PER_RUN
 from comfy_xdit import headless
-from comfy_xdit.controlnet import open_control_net, scaled
 from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.protocol.messages import Forget, Keep, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks import holders as life
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel, RemoteVAE
+from comfy_xdit.remote.controlnet import open_control_net, scaled
+from comfy_xdit.remote.model import RemoteModel, RemoteVAE
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random
 from tests.test_controlnet_ranks import plain_run

@@ -12,7 +12,7 @@ from benchmarks.parity import LAYOUTS, PER_CALL, PER_RUN, SHARDED, multiplier
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random, reference
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfy_xdit import headless
-from comfy_xdit.controlnet import open_control_net
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.controlnet import open_control_net
+from comfy_xdit.remote.model import RemoteModel
 from tests import controlnets, tiny
 from tests.controlnets import NETS, applied, hint_for, made, random
 from tests.pipefusion_runs import request as run_request

@@ -10,12 +10,12 @@ import torch
 from check_demo_pictures import held_out_captions, score
 
 from comfy_xdit import headless
-from comfy_xdit.lora import add_lora
 from comfy_xdit.protocol.messages import AppliedControlNet, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
-from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
-from comfy_xdit.schedulers import Sampling, sigmas_of
+from comfy_xdit.remote.lora import add_lora
+from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.remote.schedulers import Sampling, sigmas_of
 
 PIPELINE = Path(__file__).parent.parent / "assets" / "demo" / "pipeline"
 BATCH, STEPS, CFG, SEED = 25, 20, 3.0, 1

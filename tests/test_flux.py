@@ -11,7 +11,7 @@ from benchmarks.layouts import LAYOUTS
 from benchmarks.parity import PER_CALL
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 
 REFERENCES = [(1, 16, 6, 10), (1, 16, 9, 4)]  # the second has half a patch

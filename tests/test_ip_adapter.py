@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 
 from benchmarks.parity import LAYOUTS, PER_CALL, PER_RUN, multiplier
 from comfy_xdit import headless
-from comfy_xdit.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter, negative_rows
-from comfy_xdit.lora import add_lora
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Forget, ImagePrompt, Keep, Known, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import IPAdapterFile, ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
-from comfy_xdit.schedulers import Sampling
+from comfy_xdit.remote.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter, negative_rows
+from comfy_xdit.remote.lora import add_lora
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.schedulers import Sampling
 from tests import ip_adapter_files, lora_files, tiny
 from tests.ip_adapter_files import call, embeds_of, encoded, reference, write
 from tests.pipefusion_runs import request as run_request
@@ -211,7 +211,7 @@ def test_an_encoded_picture_travels_once(model, tmp_path, monkeypatch):
         return group_call(self, make, **options)
 
     monkeypatch.setattr(RemoteModel, "_call", watched)
-    monkeypatch.setattr("comfy_xdit.remote.REMEMBERED_BYTES", 1)
+    monkeypatch.setattr("comfy_xdit.remote.model.REMEMBERED_BYTES", 1)
     first, second = denoised(remote, asked), denoised(remote, asked)
     assert sent == [Keep, Known]
     assert torch.equal(first, second)

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from comfy_xdit import headless
-from comfy_xdit.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter
+from comfy_xdit.remote.model import RemoteModel
 from tests import lora_files, tiny
 from tests.ip_adapter_files import encoded, tensors_for, write
 

@@ -14,7 +14,7 @@ from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks import holders as life
 from comfy_xdit.ranks.group import WorkerGroup, holders, running_groups, worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.store import BUDGET, ModelStore
 

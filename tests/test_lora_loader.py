@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfy_xdit import headless
-from comfy_xdit.lora import add_lora, words
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.lora import add_lora, words
+from comfy_xdit.remote.model import RemoteModel
 from tests import lora_files, tiny
 from tests.lora_files import NAMINGS, merged, write
 from tests.pipefusion_runs import ALL, plain, request

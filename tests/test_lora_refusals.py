@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from comfy_xdit import headless
-from comfy_xdit.lora import add_lora
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.lora import add_lora
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from tests.lora_files import NAMINGS, write
 

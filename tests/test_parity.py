@@ -10,7 +10,7 @@ from benchmarks.parity import MODELS, PER_CALL, PER_RUN, SIZES, cell, multiplier
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfy_xdit.patches import patch_set
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Patch, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.patches import patch_set
 from tests import tiny
 from tests.pipefusion_runs import (
     ALL,

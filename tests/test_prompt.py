@@ -2,8 +2,8 @@
 
 import pytest
 
-from comfy_xdit.prompt import parse_weights
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.remote.prompt import parse_weights
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import psutil
 
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests import pipefusion_runs as runs
 
 ROUNDS = 2

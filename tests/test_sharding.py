@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.parity import PER_CALL, SIZES, fewest_tokens, multiplier, one_call
-from comfy_xdit.patches import patch_set
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import NO_PATCHES, Patch, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.patches import patch_set
 from tests import pipefusion_runs as runs
 from tests import tiny
 from tests.test_adapters import KEYS, expected, patches

@@ -16,7 +16,9 @@ import comfy.model_management
 import torch
 
 from comfy_xdit.comfy_types.patcher import HANDLE
-from comfy_xdit.controlnet import (
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import AppliedControlNet
+from comfy_xdit.remote.controlnet import (
     RemoteControlNet,
     check_mode,
     check_picture,
@@ -24,9 +26,7 @@ from comfy_xdit.controlnet import (
     hint_of,
     mode_of,
 )
-from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import AppliedControlNet
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 
 # Where the descriptions stand in a call's transformer_options: residuals of stock ControlNets go another
 # way, and may come before or after ours in a chain.

@@ -112,7 +112,7 @@ def test_batch_and_prompts_of_different_length(run_node, models):
 
 def test_the_older_node_for_both_sides_at_once(run_node, models, monkeypatch):
     """The negative prompt gets its ControlNet after it was encoded, and is still one batch with the other."""
-    from comfy_xdit.remote import RemoteModel
+    from comfy_xdit.remote.model import RemoteModel
 
     denoise, batches = RemoteModel.denoise, []
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comfy_xdit import conversion
-from comfy_xdit.prompt import parse_weights
+from comfy_xdit.remote.prompt import parse_weights
 
 MODULES = ("latent_formats", "sample", "sampler_helpers", "sd1_clip")
 PIECES = ["(", ")", r"\(", r"\)", "cat", " a ", ":", "1.3", ":0.5", "\\"]

@@ -205,7 +205,7 @@ def test_an_interrupt_leaves_the_ranks_warm(case, run_node, monkeypatch):
     import comfy.model_management as management
 
     from comfy_xdit.ranks.group import running_groups
-    from comfy_xdit.remote import RemoteModel
+    from comfy_xdit.remote.model import RemoteModel
 
     model = applied(case, run_node)
     before = sampled(case, run_node, model, "KSampler")

@@ -32,7 +32,7 @@ def models(request, run_node, degrees) -> SimpleNamespace:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """The batch of each call that crosses the bridge."""
-    from comfy_xdit.remote import RemoteModel
+    from comfy_xdit.remote.model import RemoteModel
 
     seen: list[int] = []
     denoise = RemoteModel.denoise
@@ -105,7 +105,7 @@ def test_three_lengths_and_a_region(run_node, models, calls):
 
 
 def test_prompts_of_one_length_say_nothing_about_it(run_node, models, monkeypatch):
-    from comfy_xdit.remote import RemoteModel
+    from comfy_xdit.remote.model import RemoteModel
 
     denoise, given = RemoteModel.denoise, []
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote import RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui.inputs import empty_latent, layout
 
 FLUX = {

@@ -99,7 +99,7 @@ def test_an_interrupt_leaves_the_ranks_and_the_result_as_they_were(graph: Simple
     import comfy.model_management as management
 
     from comfy_xdit.ranks.group import running_groups
-    from comfy_xdit.remote import RemoteModel
+    from comfy_xdit.remote.model import RemoteModel
 
     before = by_ours(graph)
     pids, denoise, calls = [list(group.pids) for group in running_groups()], RemoteModel.denoise, []

@@ -107,7 +107,7 @@ def sampled(run_node, model, sides, node="KSampler", batch: int = 1, **settings)
 def calls(monkeypatch) -> list[SimpleNamespace]:
     """Every call of a transformer in the ranks: rows, nets, and hints that travelled."""
     from comfy_xdit.protocol.messages import Keep
-    from comfy_xdit.remote import RemoteModel, SentTensors
+    from comfy_xdit.remote.model import RemoteModel, SentTensors
 
     seen: list[SimpleNamespace] = []
     denoise, refer = RemoteModel.denoise, SentTensors.refer

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.ip_adapter import PicturePrompt, check_files, refuse_stages
-from comfy_xdit.patches import SentPatches
 from comfy_xdit.planning.calls import Calls
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput, RemoteError
 from comfy_xdit.protocol.messages import (
@@ -41,6 +39,8 @@ from comfy_xdit.protocol.messages import (
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import IPAdapterFile, LoraFile, ModelSpec
 from comfy_xdit.ranks.group import holders, running_groups, worker_group
+from comfy_xdit.remote.ip_adapter import PicturePrompt, check_files, refuse_stages
+from comfy_xdit.remote.patches import SentPatches
 
 Interrupt = Callable[[], bool]
 # Smaller tensors cost less to send than to compare.

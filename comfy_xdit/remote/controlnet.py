@@ -19,8 +19,8 @@ from comfy_xdit.protocol.messages import AppliedControlNet
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import CONTROL_TYPES, ControlNet
 from comfy_xdit.ranks.group import holders, worker_group
-from comfy_xdit.remote import RemoteModel
-from comfy_xdit.schedulers import Sampling
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.schedulers import Sampling
 
 PIXELS_PER_LATENT = 8
 PATCH = 2
