@@ -2,7 +2,7 @@
 
 Classes are thin and hold no state: what they return is a light handle, and the ranks compare it
 with what they have. This file imports with nothing but the standard library installed; what
-the nodes do is in comfy_xdit.work.
+the nodes do is in comfy_xdit.nodes.work.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
-from comfy_xdit.ip_adapter_nodes import XDiTIPAdapterApply, XDiTIPAdapterLoader
-from comfy_xdit.packages import install, missing_packages, unavailable
-from comfy_xdit.protocol.parallel import DEGREES, Automatic, ParallelConfig
-from comfy_xdit.protocol.spec import WEIGHT_DTYPES
-from comfy_xdit.remote.lora import add_lora, lora_stamp
-from comfy_xdit.work import (
+from comfy_xdit.nodes.controlnet import XDiTControlNetApply, XDiTControlNetLoader
+from comfy_xdit.nodes.ip_adapter import XDiTIPAdapterApply, XDiTIPAdapterLoader
+from comfy_xdit.nodes.packages import install, missing_packages, unavailable
+from comfy_xdit.nodes.work import (
     TILES,
     decode,
     load_diffusion_model,
@@ -27,6 +24,9 @@ from comfy_xdit.work import (
     status,
     surroundings,
 )
+from comfy_xdit.protocol.parallel import DEGREES, Automatic, ParallelConfig
+from comfy_xdit.protocol.spec import WEIGHT_DTYPES
+from comfy_xdit.remote.lora import add_lora, lora_stamp
 
 MAX_DEGREE = 64
 MAX_SEED = 0xFFFFFFFFFFFFFFFF

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import nodes
+from comfy_xdit.nodes.report import report
 from comfy_xdit.planning import auto, measured, remembered
 from comfy_xdit.planning.auto import layout_of, machine
 from comfy_xdit.planning.measured import Measured
@@ -16,7 +17,6 @@ from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import running_groups
 from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.status import report
 from tests import tiny
 from worker.models.flux import Flux
 

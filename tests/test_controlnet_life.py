@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.parity import PER_RUN
 from comfy_xdit import headless
-from comfy_xdit.controlnet_nodes import XDiTControlNetApply, XDiTControlNetLoader
+from comfy_xdit.nodes.controlnet import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.protocol.messages import Forget, Keep, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from comfy_xdit.nodes.work import apply_control_net, control_net_stamp, open_control_net, surroundings
 from comfy_xdit.protocol.spec import CONTROL_TYPES
-from comfy_xdit.work import apply_control_net, control_net_stamp, open_control_net, surroundings
 
 
 class XDiTControlNetLoader:

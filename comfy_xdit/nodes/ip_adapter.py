@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_xdit.work import surroundings
+from comfy_xdit.nodes.work import surroundings
 
 
 class XDiTIPAdapterLoader:

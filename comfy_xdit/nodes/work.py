@@ -147,6 +147,6 @@ def apply_control_net(**inputs: Any) -> list[Any]:
 
 def status() -> str:
     """What runs in the ranks, in words."""
-    from comfy_xdit.status import report
+    from comfy_xdit.nodes.report import report
 
     return report(surroundings().self_check())
