@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from benchmarks.layouts import LAYOUTS
 from benchmarks.parity import multiplier
-from comfy_xdit import headless
+from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter

@@ -105,7 +105,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from comfy_xdit.workflow import run_file  # imports torch: seconds that --help need not cost
+    from comfy_xdit.headless.workflow import run_file  # imports torch: seconds that --help need not cost
 
     with _cooperative_interrupt():
         finished = run_file(
@@ -150,7 +150,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _cooperative_interrupt() -> Iterator[None]:
     """Ctrl-C asks the ranks to stop at their next step; a second one ends this process."""
-    from comfy_xdit.headless import request_interrupt
+    from comfy_xdit.headless.surroundings import request_interrupt
 
     def ask(_number: int, _frame: object) -> None:
         request_interrupt()

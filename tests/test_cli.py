@@ -97,7 +97,7 @@ def test_a_failure_in_a_rank_is_exit_code_1(monkeypatch, capsys):
     def fail(*_):
         raise RemoteError(1, "ValueError", "broken", "Traceback of the rank")
 
-    monkeypatch.setattr("comfy_xdit.workflow.run_file", fail)
+    monkeypatch.setattr("comfy_xdit.headless.workflow.run_file", fail)
     assert cli.main(["run", str(DEMO)]) == cli.FAILED
     assert "rank 1: ValueError: broken" in capsys.readouterr().err
 

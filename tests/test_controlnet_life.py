@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.parity import PER_RUN
-from comfy_xdit import headless
+from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.nodes.controlnet import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.protocol.messages import Forget, Keep, Status
 from comfy_xdit.protocol.parallel import ParallelConfig

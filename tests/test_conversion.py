@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from comfy_xdit import conversion
+from comfy_xdit.headless import conversion
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 

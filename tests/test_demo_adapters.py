@@ -36,9 +36,9 @@ from train_demo_controlnet import EXAMPLE, held_out_tasks, overlaps
 from train_demo_model import load_demo_model
 
 from comfy_xdit.demo_files import FILES
+from comfy_xdit.headless.workflow import run_file
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.environment import ROOT
-from comfy_xdit.workflow import run_file
 from tests.test_demo_quality import draw
 
 CAPTIONS = held_out_captions()[:30]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from check_demo_pictures import held_out_captions, score
 
-from comfy_xdit import headless
+from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.protocol.messages import AppliedControlNet, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec

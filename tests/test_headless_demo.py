@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from comfy_xdit.demo_files import DEMO
+from comfy_xdit.headless.workflow import Finished, run_file
 from comfy_xdit.ranks.environment import ROOT
-from comfy_xdit.workflow import Finished, run_file
 
 PIPELINE = DEMO / "pipeline"
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
@@ -97,9 +97,9 @@ def test_ksampler_on_the_single_file_is_the_same_run(reference, tmp_path):
 
 def test_image_to_image_keeps_what_the_mask_keeps(tmp_path):
     """Encode the demo's picture, redraw its right half only: the latent's left half stays."""
-    from comfy_xdit.pictures import Folders
-    from comfy_xdit.workflow import node_classes, run
-    from comfy_xdit.workflow_format import read_workflow
+    from comfy_xdit.headless.format import read_workflow
+    from comfy_xdit.headless.pictures import Folders
+    from comfy_xdit.headless.workflow import node_classes, run
 
     classes = node_classes()
     drawn = run_demo(tmp_path, **LAYOUTS["one rank"])

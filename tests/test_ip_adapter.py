@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.parity import LAYOUTS, PER_CALL, PER_RUN, multiplier
-from comfy_xdit import headless
+from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Forget, ImagePrompt, Keep, Known, Status
 from comfy_xdit.protocol.parallel import ParallelConfig

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_xdit import headless
-from comfy_xdit.pictures import Folders, save
+from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.format import api_of
+from comfy_xdit.headless.pictures import Folders, save
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, parse_devices
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.workflow_format import api_of
 from tests import tiny
 from worker.checkpoints import read_json
 from worker.text import TextEncoders

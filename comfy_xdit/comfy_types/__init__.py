@@ -1,6 +1,6 @@
 """The MODEL, CLIP and VAE that ComfyUI sees. The only place of the host side that imports ComfyUI.
 
-`comfy_xdit.headless` offers the same functions for running without ComfyUI, and nodes.py uses
+`comfy_xdit.headless.surroundings` offers the same functions for running without ComfyUI, and nodes.py uses
 whichever surroundings it finds. The shared names: begin, self_check, model_of, clip_of, vae_of, remote_of,
 sample_request, progress, interrupted, raise_if_interrupted, samplers, schedulers,
 diffusion_models, diffusion_model_path, loras, lora_path, with_file, pipelines, pipeline_path, vaes,

@@ -1,7 +1,7 @@
 """What the nodes do: from the values of widgets to the ranks, and to the types the graph carries.
 
 Imports nothing but the standard library until it is called. Inside ComfyUI the graph's types come from
-comfy_xdit.comfy_types, elsewhere from comfy_xdit.headless.
+comfy_xdit.comfy_types, elsewhere from comfy_xdit.headless.surroundings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TILES = {"none": 0, "1024 px": 1024, "512 px": 512, "256 px": 256}  # of XDiTVAE
 def surroundings() -> ModuleType:
     """comfy_types inside ComfyUI, headless elsewhere: the same functions either way."""
     inside = "comfy" in sys.modules and "folder_paths" in sys.modules
-    return importlib.import_module("comfy_xdit.comfy_types" if inside else "comfy_xdit.headless")
+    return importlib.import_module("comfy_xdit.comfy_types" if inside else "comfy_xdit.headless.surroundings")
 
 
 def parallel_config(strategy: str, devices: str, **widgets: Any) -> ParallelConfig | Automatic:

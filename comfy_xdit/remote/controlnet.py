@@ -57,7 +57,7 @@ def open_control_net(name: str, here: ModuleType) -> Any:
     """The CONTROL_NET over one file or folder.
 
     Args:
-        here: the surroundings, comfy_xdit.comfy_types or comfy_xdit.headless.
+        here: the surroundings, comfy_xdit.comfy_types or comfy_xdit.headless.surroundings.
 
     Raises:
         InvalidInput: nothing is there, or it is no ControlNet for the ranks.

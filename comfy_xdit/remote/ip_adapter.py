@@ -112,7 +112,7 @@ def apply_ip_adapter(
 
     Args:
         clip_vision_output: what ComfyUI's CLIP Vision Encode gives.
-        here: the surroundings, comfy_xdit.comfy_types or comfy_xdit.headless.
+        here: the surroundings, comfy_xdit.comfy_types or comfy_xdit.headless.surroundings.
 
     Raises:
         InvalidInput: `model` is a stock one, or the file, the picture or the range does not fit.

@@ -21,7 +21,7 @@ def add_lora(model: Any, lora_name: str, strength: float, here: ModuleType) -> t
     """The MODEL with the LoRA at `strength`, and what to show on the node. `model` stays as it is.
 
     Args:
-        here: the surroundings, comfy_xdit.comfy_types or comfy_xdit.headless.
+        here: the surroundings, comfy_xdit.comfy_types or comfy_xdit.headless.surroundings.
 
     Raises:
         InvalidInput: `model` is a stock one, or the file is damaged or none for it.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfy_xdit import conversion
+from comfy_xdit.headless import conversion
 from comfy_xdit.remote.prompt import parse_weights
 
 MODULES = ("latent_formats", "sample", "sampler_helpers", "sd1_clip")

@@ -14,7 +14,7 @@ import torch
 from check_demo_pictures import FOLLOWED, edge_overlap
 from PIL import Image
 
-from comfy_xdit.pictures import load
+from comfy_xdit.headless.pictures import load
 from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import DEMO, layout, relative_l2
 

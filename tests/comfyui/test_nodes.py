@@ -106,7 +106,8 @@ def test_missing_file_is_named(run_node):
 
 
 def test_headless_offers_the_same_functions(comfyui):
-    from comfy_xdit import comfy_types, headless
+    from comfy_xdit import comfy_types
+    from comfy_xdit.headless import surroundings as headless
 
     for name in comfy_types.__all__:
         inside, outside = (inspect.signature(getattr(m, name)) for m in (comfy_types, headless))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comfy_xdit.workflow_format import api_of
+from comfy_xdit.headless.format import api_of
 from tests.comfyui.inputs import DEMO
 from tests.comfyui.server import Client, Server
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comfy_xdit.headless.validation import Classes, Workflow, input_fields
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.workflow_validation import Classes, Workflow, input_fields
 
 MUTED, BYPASSED = 2, 4
 COMMENTS = ("Note", "MarkdownNote")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from comfy_xdit import headless, pictures
-from comfy_xdit.pictures import Folders
+from comfy_xdit.headless import pictures
+from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.remote.lora import add_lora
 from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from comfy_xdit import conversion, demo_files
+from comfy_xdit import demo_files
+from comfy_xdit.headless import conversion
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Progress, Sample
 from comfy_xdit.protocol.spec import LoraFile

@@ -1,0 +1,1 @@
+"""Running a workflow without ComfyUI: the demo, the tests and scripts."""
