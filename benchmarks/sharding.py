@@ -19,7 +19,7 @@ from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
-from worker.models.sd3 import SD3
+from worker.models.sd3.family import SD3
 
 # A block is 2.5 % of the model, as in SD3.5 large (2.6 %) and FLUX.1 (2.9 %).
 DEEP = tiny.SD3_CONFIG | {"num_layers": 40}

@@ -34,7 +34,7 @@ from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.ranks.group import running_groups
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 
 CONFIG = {
     **tiny.FLUX_CONFIG, "num_layers": 2, "num_single_layers": 4, "attention_head_dim": 64,

@@ -28,7 +28,7 @@ from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
-from worker.models.sd3 import SD3
+from worker.models.sd3.family import SD3
 
 CONFIG = {
     **tiny.SD3_CONFIG, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8,

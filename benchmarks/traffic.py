@@ -23,7 +23,7 @@ from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import WorkerGroup
 from tests import tiny
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 
 CONFIG = {**tiny.FLUX_CONFIG, "num_layers": 4, "num_single_layers": 8}
 LAYERS = CONFIG["num_layers"] + CONFIG["num_single_layers"]

@@ -16,7 +16,7 @@ from comfy_xdit.protocol.messages import AppliedControlNet
 from comfy_xdit.protocol.spec import ControlNet
 from tests import tiny
 from worker.models.base import packed, to_whole_patches
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 
 SD3 = {**tiny.SD3_CONFIG, "num_layers": 2}
 SD35 = {**SD3, "dual_attention_layers": (0,)}

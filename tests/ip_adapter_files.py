@@ -12,7 +12,7 @@ from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from safetensors.torch import save_file
 
 from tests import tiny
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 
 CLIP, SIGLIP = 48, 40  # widths of what the image encoders give
 SIGLIP_TOKENS = 7

@@ -14,8 +14,8 @@ from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.model import RemoteModel
 from tests import pipefusion_reference, tiny
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 from worker.samplers import Sampler
 
 EXACT = 1e-5

@@ -18,7 +18,7 @@ from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import running_groups
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 
 TWO = Automatic(("cpu", "cpu"))
 NOISE, TOKENS = (1, 16, 16, 16), 64

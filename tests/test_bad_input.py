@@ -15,7 +15,7 @@ from comfy_xdit.headless.workflow import PACK_MODULE, NodeFailed, node_classes, 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.group import running_groups
 from tests import tiny
-from worker.models.sd3 import SD3
+from worker.models.sd3.family import SD3
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "workflows" / "api" / "demo.json"

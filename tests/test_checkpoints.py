@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Checkpoint
 from worker.models import detect
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 
 
 def converted(family, file) -> dict[str, torch.Tensor]:

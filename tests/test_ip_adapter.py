@@ -22,7 +22,7 @@ from comfy_xdit.remote.schedulers import Sampling
 from tests import ip_adapter_files, lora_files, tiny
 from tests.ip_adapter_files import call, embeds_of, encoded, reference, write
 from tests.pipefusion_runs import request as run_request
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 from worker.store import BUDGET
 
 # 33 tokens: two ranks have 17 and 16; four have 9, 8, 8 and 8.

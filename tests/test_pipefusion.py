@@ -29,8 +29,8 @@ from tests.pipefusion_runs import (
     write_models,
 )
 from tests.test_adapters import delta
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 from worker.stages import Stage, divide
 
 TWO = ParallelConfig(pipefusion_degree=2)

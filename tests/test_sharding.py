@@ -20,7 +20,7 @@ from tests import pipefusion_runs as runs
 from tests import tiny
 from tests.test_adapters import KEYS, expected, patches
 from worker.checkpoints import Checkpoint, Part, Source
-from worker.models.sd3 import SD3
+from worker.models.sd3.family import SD3
 from worker.sharding import ShardedWeights
 
 MODELS = ("sd3", "sd3.5-medium", "flux")

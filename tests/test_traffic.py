@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import traffic
 from tests import tiny
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 
 AT_MOST = 1.05
 PICTURE = (traffic.TOKENS - traffic.TEXT) * traffic.WIDTH * 4  # its tokens, gathered once per step

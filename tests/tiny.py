@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from worker.models.base import ModelFamily
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 
 SD3_CONFIG = {
     "sample_size": 32, "patch_size": 2, "in_channels": 16, "num_layers": 3, "attention_head_dim": 64,

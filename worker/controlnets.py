@@ -21,8 +21,8 @@ from comfy_xdit.protocol.messages import AppliedControlNet
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.checkpoints import Checkpoint, Shapes, check_complete, read_json
 from worker.control import Residuals
-from worker.controlnet_families import FAMILIES, ControlNetFamily
 from worker.models.base import PATCH, to_whole_patches
+from worker.models.controlnet import FAMILIES, ControlNetFamily
 from worker.parallel import RankGroups, SequenceParallel
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from comfy_xdit.ranks.environment import ROOT
 from tests import tiny
 from tests.comfyui.inputs import DEMO, FLUX_CONFIG, LAYOUTS, SHIM, python_path
-from worker.models.flux import Flux
+from worker.models.flux.family import Flux
 
 HERE = Path(__file__).parent
 COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
@@ -99,7 +99,7 @@ def degrees(layout_name: str) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def tiny_sd3(comfyui: SimpleNamespace) -> str:
     """An SD3 file with random weights where every layer matters; its name for the loaders."""
-    from worker.models.sd3 import SD3
+    from worker.models.sd3.family import SD3
 
     # ComfyUI takes the width for 64 times the number of layers.
     config = {**tiny.SD3_CONFIG, "num_layers": tiny.SD3_CONFIG["num_attention_heads"]}
@@ -113,7 +113,7 @@ def tiny_sd3(comfyui: SimpleNamespace) -> str:
 @pytest.fixture(scope="session")
 def tiny_sd3_diffusers(comfyui: SimpleNamespace, tiny_sd3: str) -> str:
     """The same weights under diffusers' names."""
-    from worker.models.sd3 import SD3
+    from worker.models.sd3.family import SD3
 
     config = {**tiny.SD3_CONFIG, "num_layers": tiny.SD3_CONFIG["num_attention_heads"]}
     name = "tiny_sd3_diffusers.safetensors"
@@ -129,7 +129,7 @@ def tiny_flux(comfyui: SimpleNamespace) -> Iterator[str]:
 
     ComfyUI takes Flux's widths from FLUX.1 instead of the file. Stock loader and twin see the same.
     """
-    from worker.models.flux import Flux
+    from worker.models.flux.family import Flux
 
     detection = importlib.import_module("comfy.model_detection")
     original = detection.detect_unet_config

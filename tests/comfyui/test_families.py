@@ -15,7 +15,7 @@ from tests.comfyui.inputs import (
     layout,
     relative_l2,
 )
-from worker.models.sd3 import SD3
+from worker.models.sd3.family import SD3
 
 PER_RUN = 1e-4
 # ComfyUI takes an SD3's width for 64 times its layers.

@@ -11,8 +11,8 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from tests import ip_adapter_files, tiny
 from tests.comfyui.inputs import conditioning_for, empty_latent, pair, relative_l2
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 
 PER_RUN = 1e-4
 STEPS = 5

@@ -22,8 +22,8 @@ from tests.comfyui.inputs import (
     random_latent,
     relative_l2,
 )
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 
 PER_CALL, PER_RUN = 1e-5, 1e-4
 EXACT = 1e-6

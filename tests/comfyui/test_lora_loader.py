@@ -11,8 +11,8 @@ from comfy_xdit.protocol.errors import InvalidInput
 from tests import tiny
 from tests.comfyui import loras
 from tests.comfyui.inputs import conditioning_for, empty_latent, layout, pair, random_latent, relative_l2
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 
 PER_CALL, PER_RUN = 1e-5, 1e-4
 SD3_CONFIG = {**tiny.SD3_CONFIG, "num_layers": 4}

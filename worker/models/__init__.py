@@ -3,8 +3,8 @@
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Shapes
 from worker.models.base import ModelFamily
-from worker.models.flux import Flux
-from worker.models.sd3 import SD3
+from worker.models.flux.family import Flux
+from worker.models.sd3.family import SD3
 
 FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux())
 

@@ -26,9 +26,9 @@ from worker.models.base import (
     unpacked,
     whole,
 )
-from worker.models.flux_hooks import ExactTime
-from worker.models.flux_ip_adapter import FluxIPAdapter
-from worker.models.flux_tokens import picture_ids, reference_tokens
+from worker.models.flux.hooks import ExactTime
+from worker.models.flux.ip_adapter import FluxIPAdapter
+from worker.models.flux.tokens import picture_ids, reference_tokens
 from worker.parallel import TokenLayout
 
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has

@@ -25,7 +25,7 @@ from worker.models.base import (
     swapped,
     whole,
 )
-from worker.models.sd3_ip_adapter import SD3IPAdapter
+from worker.models.sd3.ip_adapter import SD3IPAdapter
 from worker.parallel import TokenLayout
 
 HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a q/k norm
