@@ -33,7 +33,7 @@ SEED = 1
 
 def bare_xfuser(folder: Path, method: str, text: int) -> nn.Module:
     """xfuser's wrapper of the transformer, in every rank of a torchrun job."""
-    from worker import xfuser_compat
+    from worker.parallel import xfuser_compat
 
     xfuser_compat.import_xfuser()
     from xfuser import xFuserArgs

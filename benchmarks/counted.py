@@ -89,7 +89,7 @@ def _counting(handler: Callable[..., Any], file: Path) -> Callable[..., Any]:
 def _engine(end: Rank, invitation: Invitation) -> None:
     from worker.engine import Engine
     from worker.loop import serve
-    from worker.parallel import Degrees, RankGroups
+    from worker.parallel.groups import Degrees, RankGroups
 
     device = torch.device("cpu")
     groups = RankGroups(end, Degrees.of(ParallelConfig(**invitation.degrees)), device)

@@ -16,7 +16,7 @@ from comfy_xdit.protocol.rpc import Invitation, Rank
 from worker.__main__ import run
 from worker.engine import Engine
 from worker.loop import Run, serve
-from worker.parallel import Degrees, RankGroups
+from worker.parallel.groups import Degrees, RankGroups
 
 
 class PeakBytes(TorchDispatchMode):

@@ -46,7 +46,7 @@ def test_the_ranks_know_nothing_of_comfyui():
 
 
 def test_two_modules_of_the_ranks_know_xfuser():
-    known = {"worker/parallel.py", "worker/xfuser_compat.py"}
+    known = {"worker/parallel/groups.py", "worker/parallel/xfuser_compat.py"}
     assert users("worker", {"xfuser", "yunchang"}) == known
 
 

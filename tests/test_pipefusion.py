@@ -31,7 +31,7 @@ from tests.pipefusion_runs import (
 from tests.test_adapters import delta
 from worker.models.flux.family import Flux
 from worker.models.sd3.family import SD3
-from worker.stages import Stage, divide
+from worker.parallel.stages import Stage, divide
 
 TWO = ParallelConfig(pipefusion_degree=2)
 LAYOUTS = {

@@ -23,7 +23,7 @@ from worker.checkpoints import Checkpoint, Shapes, check_complete, read_json
 from worker.control import Residuals
 from worker.models.base import PATCH, to_whole_patches
 from worker.models.controlnet import FAMILIES, ControlNetFamily
-from worker.parallel import RankGroups, SequenceParallel
+from worker.parallel.groups import RankGroups, SequenceParallel
 
 if TYPE_CHECKING:
     from worker.transformer import Transformer

@@ -33,7 +33,7 @@ from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.batch import Batch, Pictures
 from worker.controlnets import FittedControlNet, NetCall, NetSpec
 from worker.loop import Run
-from worker.parallel import Degrees, RankGroups
+from worker.parallel.groups import Degrees, RankGroups
 from worker.patching import PatchStore
 from worker.sampling import sample
 from worker.store import ModelStore

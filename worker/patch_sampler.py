@@ -8,8 +8,8 @@ import torch
 
 from comfy_xdit.protocol.messages import Sample
 from worker.guidance import Guidance
-from worker.key_value_cache import Span
 from worker.models.base import PATCH, packed, to_whole_patches, unpacked
+from worker.parallel.key_value_cache import Span
 from worker.samplers import Sampler
 
 

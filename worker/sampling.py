@@ -12,7 +12,7 @@ from worker.batch import Batch, Pictures, join
 from worker.controlnets import NetCall, same_nets
 from worker.guidance import Guidance
 from worker.loop import Run
-from worker.parallel import RankGroups
+from worker.parallel.groups import RankGroups
 from worker.pipefusion import PipeFusion
 from worker.samplers import SAMPLERS, Sampler
 from worker.transformer import Transformer

@@ -20,10 +20,10 @@ from worker.ip_adapters import IPAdapters
 from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import PATCH, ModelFamily, to_whole_patches
-from worker.parallel import Degrees, RankGroups, SequenceParallel, use_parallel_attention
+from worker.parallel.groups import Degrees, RankGroups, SequenceParallel, use_parallel_attention
+from worker.parallel.sharding import ShardedWeights
+from worker.parallel.stages import Stage
 from worker.patching import PatchedWeights, PatchStore
-from worker.sharding import ShardedWeights
-from worker.stages import Stage
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -13,7 +13,7 @@ from torch import nn
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Shapes, Source
 from worker.models.ip_adapter import IPAdapter
-from worker.parallel import TokenLayout
+from worker.parallel.groups import TokenLayout
 
 PATCH = 2  # latent pixels per side of a token, of every family here
 

@@ -16,7 +16,7 @@ from worker.control import Residuals
 from worker.models.base import Call, packed
 from worker.models.flux.family import Flux
 from worker.models.sd3.family import SD3
-from worker.parallel import TokenLayout
+from worker.parallel.groups import TokenLayout
 
 HINT_WIDTH = 16  # channels inside the layers that take a hint picture, of every published one
 Samples = list[torch.Tensor] | None

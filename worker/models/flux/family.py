@@ -29,7 +29,7 @@ from worker.models.base import (
 from worker.models.flux.hooks import ExactTime
 from worker.models.flux.ip_adapter import FluxIPAdapter
 from worker.models.flux.tokens import picture_ids, reference_tokens
-from worker.parallel import TokenLayout
+from worker.parallel.groups import TokenLayout
 
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
 

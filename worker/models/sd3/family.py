@@ -26,7 +26,7 @@ from worker.models.base import (
     whole,
 )
 from worker.models.sd3.ip_adapter import SD3IPAdapter
-from worker.parallel import TokenLayout
+from worker.parallel.groups import TokenLayout
 
 HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a q/k norm
 

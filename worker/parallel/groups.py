@@ -16,8 +16,8 @@ from torch import nn
 
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.rpc import Rank
-from worker import xfuser_compat
-from worker.pipeline import Pipeline
+from worker.parallel import xfuser_compat
+from worker.parallel.pipeline import Pipeline
 
 # Longer than any step; a hung peer is found by the host long before.
 COLLECTIVE = timedelta(minutes=30)

@@ -10,8 +10,8 @@ from functools import cache, cached_property
 import torch
 from torch import nn
 
-from worker.parallel import RankGroups, Shard, positions
-from worker.xfuser_compat import keys_selected
+from worker.parallel.groups import RankGroups, Shard, positions
+from worker.parallel.xfuser_compat import keys_selected
 
 Span = tuple[int, int]  # first image token of a patch, and the one after its last
 

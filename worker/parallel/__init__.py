@@ -1,0 +1,1 @@
+"""Work over ranks: groups, tokens, stages, weights."""
