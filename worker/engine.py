@@ -30,15 +30,15 @@ from comfy_xdit.protocol.messages import (
     Status,
 )
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
-from worker.batch import Batch, Pictures
-from worker.controlnets import FittedControlNet, NetCall, NetSpec
 from worker.loop import Run
 from worker.parallel.groups import Degrees, RankGroups
 from worker.patching import PatchStore
 from worker.sampling import sample
 from worker.store import ModelStore
 from worker.text import TextEncoders
-from worker.transformer import Transformer
+from worker.transformer.batch import Batch, Pictures
+from worker.transformer.controlnets import FittedControlNet, NetCall, NetSpec
+from worker.transformer.transformer import Transformer
 from worker.vae import VAE
 
 Loaded = Transformer | TextEncoders | VAE

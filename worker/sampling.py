@@ -8,14 +8,14 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
-from worker.batch import Batch, Pictures, join
-from worker.controlnets import NetCall, same_nets
 from worker.guidance import Guidance
 from worker.loop import Run
 from worker.parallel.groups import RankGroups
 from worker.pipefusion import PipeFusion
 from worker.samplers import SAMPLERS, Sampler
-from worker.transformer import Transformer
+from worker.transformer.batch import Batch, Pictures, join
+from worker.transformer.controlnets import NetCall, same_nets
+from worker.transformer.transformer import Transformer
 
 Conditions = dict[str, Any]
 Nets = tuple[NetCall, ...]

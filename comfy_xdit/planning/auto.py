@@ -142,7 +142,7 @@ def _check(models: Any) -> None:
 
 
 def dtype_bytes(info: dict[str, Any], spec: ModelSpec, kind: str) -> int:
-    """Bytes per number in ranks on devices of this `kind` (worker/transformer.py)."""
+    """Bytes per number in ranks on devices of this `kind` (worker/transformer/transformer.py)."""
     name = spec.weight_dtype
     if name == "default":
         name = "fp32" if kind == "cpu" or info["stored"] == "float32" else "half"

@@ -12,11 +12,11 @@ from torch import nn
 
 from comfy_xdit.protocol.controlnet_files import ControlNetKind
 from worker.checkpoints import Shapes, Source
-from worker.control import Residuals
 from worker.models.base import Call, packed
 from worker.models.flux.family import Flux
 from worker.models.sd3.family import SD3
 from worker.parallel.groups import TokenLayout
+from worker.transformer.control import Residuals
 
 HINT_WIDTH = 16  # channels inside the layers that take a hint picture, of every published one
 Samples = list[torch.Tensor] | None

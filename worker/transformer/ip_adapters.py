@@ -15,10 +15,10 @@ from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import IPAdapterFile
-from worker.batch import Pictures
 from worker.checkpoints import Checkpoint, Source
 from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
 from worker.parallel import xfuser_compat
+from worker.transformer.batch import Pictures
 
 if TYPE_CHECKING:
     from worker.models.base import ModelFamily

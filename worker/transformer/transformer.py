@@ -12,11 +12,7 @@ from accelerate import init_empty_weights
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
-from worker.batch import LENGTHS, Batch, check_lengths
 from worker.checkpoints import Checkpoint, check_complete, read_json
-from worker.control import ControlResiduals, Residuals, check_residuals
-from worker.controlnets import NetCall, summed
-from worker.ip_adapters import IPAdapters
 from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import PATCH, ModelFamily, to_whole_patches
@@ -24,6 +20,10 @@ from worker.parallel.groups import Degrees, RankGroups, SequenceParallel, use_pa
 from worker.parallel.sharding import ShardedWeights
 from worker.parallel.stages import Stage
 from worker.patching import PatchedWeights, PatchStore
+from worker.transformer.batch import LENGTHS, Batch, check_lengths
+from worker.transformer.control import ControlResiduals, Residuals, check_residuals
+from worker.transformer.controlnets import NetCall, summed
+from worker.transformer.ip_adapters import IPAdapters
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -20,13 +20,13 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.checkpoints import Checkpoint, Shapes, check_complete, read_json
-from worker.control import Residuals
 from worker.models.base import PATCH, to_whole_patches
 from worker.models.controlnet import FAMILIES, ControlNetFamily
 from worker.parallel.groups import RankGroups, SequenceParallel
+from worker.transformer.control import Residuals
 
 if TYPE_CHECKING:
-    from worker.transformer import Transformer
+    from worker.transformer.transformer import Transformer
 
 PIXELS_PER_LATENT = 8
 HINT_CONDITIONS = ("context", "y", "guidance")  # what a ControlNet reads of a call's conditions

@@ -13,7 +13,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import ImagePrompt
 
 if TYPE_CHECKING:
-    from worker.controlnets import NetCall
+    from worker.transformer.controlnets import NetCall
 
 LENGTHS = "context_lengths"
 Rows = slice | list[int]

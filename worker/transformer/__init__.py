@@ -1,0 +1,1 @@
+"""A loaded transformer, and one call of it."""
