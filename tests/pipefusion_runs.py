@@ -16,7 +16,7 @@ from comfy_xdit.remote.model import RemoteModel
 from tests import pipefusion_reference, tiny
 from worker.models.flux.family import Flux
 from worker.models.sd3.family import SD3
-from worker.samplers import Sampler
+from worker.sampling.samplers import Sampler
 
 EXACT = 1e-5
 # Random weights, eight steps, one of them warm-up: measured 1e-4 to 8e-4.

@@ -33,7 +33,7 @@ from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.loop import Run
 from worker.parallel.groups import Degrees, RankGroups
 from worker.patching import PatchStore
-from worker.sampling import sample
+from worker.sampling.loops import sample
 from worker.store import ModelStore
 from worker.text import TextEncoders
 from worker.transformer.batch import Batch, Pictures

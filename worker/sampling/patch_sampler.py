@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from comfy_xdit.protocol.messages import Sample
-from worker.guidance import Guidance
 from worker.models.base import PATCH, packed, to_whole_patches, unpacked
 from worker.parallel.key_value_cache import Span
-from worker.samplers import Sampler
+from worker.sampling.guidance import Guidance
+from worker.sampling.samplers import Sampler
 
 
 class PatchSampler:

@@ -8,11 +8,11 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
-from worker.guidance import Guidance
 from worker.loop import Run
 from worker.parallel.groups import RankGroups
-from worker.pipefusion import PipeFusion
-from worker.samplers import SAMPLERS, Sampler
+from worker.sampling.guidance import Guidance
+from worker.sampling.pipefusion import PipeFusion
+from worker.sampling.samplers import SAMPLERS, Sampler
 from worker.transformer.batch import Batch, Pictures, join
 from worker.transformer.controlnets import NetCall, same_nets
 from worker.transformer.transformer import Transformer

@@ -18,8 +18,8 @@ from worker.loop import Run
 from worker.models.base import PATCH, to_whole_patches
 from worker.parallel.groups import Announcement, RankGroups
 from worker.parallel.key_value_cache import KeyValueCache, PatchTokens, brings_text, spans
-from worker.patch_sampler import PatchSampler, picture
-from worker.samplers import schedule
+from worker.sampling.patch_sampler import PatchSampler, picture
+from worker.sampling.samplers import schedule
 from worker.transformer.batch import Batch
 from worker.transformer.transformer import Transformer
 

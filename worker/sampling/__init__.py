@@ -1,0 +1,1 @@
+"""Whole sampling loops in the ranks."""
