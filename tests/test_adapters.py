@@ -20,8 +20,8 @@ from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.remote.patches import SentPatches, patch_set
 from tests import tiny
 from worker.checkpoints import Checkpoint
-from worker.lora_files import LoraFiles
-from worker.patching import PatchedWeights, PatchStore
+from worker.patches.lora_files import LoraFiles
+from worker.patches.weights import PatchedWeights, PatchStore
 
 TWO = ParallelConfig(ulysses_degree=2)
 RANK = 4

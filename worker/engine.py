@@ -32,7 +32,7 @@ from comfy_xdit.protocol.messages import (
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.loop import Run
 from worker.parallel.groups import Degrees, RankGroups
-from worker.patching import PatchStore
+from worker.patches.weights import PatchStore
 from worker.sampling.loops import sample
 from worker.store import ModelStore
 from worker.text import TextEncoders

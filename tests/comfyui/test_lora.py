@@ -202,8 +202,8 @@ def _compare(entries: list[tuple[Any, ...]], shape: tuple[int, ...]) -> float:
     import comfy.lora
 
     from comfy_xdit.comfy_types.patches import describe
-    from worker.adapters import patched
-    from worker.patching import PatchStore
+    from worker.patches.adapters import patched
+    from worker.patches.weights import PatchStore
 
     weight = loras.Random(0)(*shape, scale=0.5 / shape[-1] ** 0.5)
     expected = comfy.lora.calculate_weight(entries, weight.clone(), "diffusion_model.x.weight")

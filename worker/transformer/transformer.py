@@ -13,13 +13,13 @@ from accelerate import init_empty_weights
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint, check_complete, read_json
-from worker.lora_files import LoraFiles
 from worker.models import detect
 from worker.models.base import PATCH, ModelFamily, to_whole_patches
 from worker.parallel.groups import Degrees, RankGroups, SequenceParallel, use_parallel_attention
 from worker.parallel.sharding import ShardedWeights
 from worker.parallel.stages import Stage
-from worker.patching import PatchedWeights, PatchStore
+from worker.patches.lora_files import LoraFiles
+from worker.patches.weights import PatchedWeights, PatchStore
 from worker.transformer.batch import LENGTHS, Batch, check_lengths
 from worker.transformer.control import ControlResiduals, Residuals, check_residuals
 from worker.transformer.controlnets import NetCall, summed

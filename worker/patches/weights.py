@@ -12,9 +12,9 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Keep, Known, Patch, PatchSet
-from worker.adapters import Tensors, patched
 from worker.checkpoints import Checkpoint, Source
-from worker.lora_files import FileTensor, LoraFiles
+from worker.patches.adapters import Tensors, patched
+from worker.patches.lora_files import FileTensor, LoraFiles
 
 Weights = dict[str, tuple[Patch, ...]]
 COMPUTE_DTYPE = torch.float32

@@ -12,9 +12,9 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Patch
 from comfy_xdit.protocol.spec import LoraFile
-from worker.adapters import patched
 from worker.checkpoints import Checkpoint, Shapes, Source
-from worker.lora_names import READ, TEXT_ENCODERS, LoraNames, Place
+from worker.patches.adapters import patched
+from worker.patches.lora_names import READ, TEXT_ENCODERS, LoraNames, Place
 
 if TYPE_CHECKING:
     from worker.models.base import ModelFamily

@@ -1,0 +1,1 @@
+"""LoRA and other weight patches, by content and by file."""
