@@ -20,7 +20,7 @@ from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.checkpoints import read_json
-from worker.text import TextEncoders
+from worker.text.encoders import TextEncoders
 
 CPU = ("cpu",) * 4
 

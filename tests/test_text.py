@@ -10,7 +10,7 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 from tests import tiny
-from worker.text import Chunked, TextEncoders, chunk
+from worker.text.encoders import Chunked, TextEncoders, chunk
 
 PIPELINE = Path(__file__).parent.parent / "assets" / "demo" / "pipeline"
 PROMPT = "a small red circle on the left on a blue background"

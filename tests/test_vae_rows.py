@@ -12,7 +12,7 @@ from distvae.utils import ParallelContext
 from torch import multiprocessing, nn
 
 from tests.tiny import relative_l2
-from worker.vae_rows import ROW, RowGroupNorm
+from worker.vae.rows import ROW, RowGroupNorm
 
 CHANNELS, GROUPS, ROWS, FIRST = 64, 8, 33, 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -35,11 +35,11 @@ from worker.parallel.groups import Degrees, RankGroups
 from worker.patches.weights import PatchStore
 from worker.sampling.loops import sample
 from worker.store import ModelStore
-from worker.text import TextEncoders
+from worker.text.encoders import TextEncoders
 from worker.transformer.batch import Batch, Pictures
 from worker.transformer.controlnets import FittedControlNet, NetCall, NetSpec
 from worker.transformer.transformer import Transformer
-from worker.vae import VAE
+from worker.vae.vae import VAE
 
 Loaded = Transformer | TextEncoders | VAE
 

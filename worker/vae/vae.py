@@ -12,12 +12,12 @@ from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
-from worker.autoencoders import AUTOENCODERS, diffusers_class
 from worker.loop import Run
 from worker.parallel.groups import RankGroups
 from worker.store import give_back
-from worker.vae_files import ASIDE, StoredVAE, find
-from worker.vae_parallel import SpreadVAE
+from worker.vae.autoencoders import AUTOENCODERS, diffusers_class
+from worker.vae.files import ASIDE, StoredVAE, find
+from worker.vae.parallel import SpreadVAE
 
 
 class VAE:

@@ -27,7 +27,7 @@ from distvae.vae import (
 )
 from torch import nn
 
-from worker.vae_rows import use_lean_layers
+from worker.vae.rows import use_lean_layers
 
 HEIGHT = -2  # rows are along it
 Coder = Callable[[torch.Tensor], torch.Tensor]

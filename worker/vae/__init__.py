@@ -1,0 +1,1 @@
+"""VAEs over all ranks."""
