@@ -1,0 +1,147 @@
+"""Every plan of diffusers' classes: the model over ranks against itself on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comfy_xdit.ranks.environment import ROOT
+from tests.plan_cases import CASES
+from tests.plan_ranks import WORLD
+from worker.parallel.mesh import Mesh
+from worker.parallel.parts import Parts, Shard
+from worker.parallel.plan import Attend, Blocks, Plan, PlanMismatch, Region, Spans, Tokens
+from worker.parallel.tokens import SpreadTokens
+
+# Exchanged or not, the sums are the same ones; a ring adds up its blocks in another order: a few 1e-7.
+EXACT = 1e-6
+DEAF = 1e-3  # what the attention of one's own tokens alone is off by, at least
+LAYOUTS = ("ulysses 2", "ring 2", "ulysses 2 x ring 2", "ulysses 4")
+SECONDS = 500
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """[relative L2, deaf, collectives, bytes] by case and layout, from four processes."""
+    file = tmp_path_factory.mktemp("plans") / "store"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.plan_ranks", str(rank), str(file)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(WORLD)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0] * WORLD, outputs[0][1][-3000:]
+    return json.loads(outputs[0][0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_over_ranks_is_that_on_one(measured, case: str, layout: str):
+    error, deaf, *_ = measured[f"{case}, {layout}"]
+    assert error <= EXACT
+    assert deaf >= DEAF
+
+
+def test_nothing_but_heads_is_sent(measured):
+    """Ulysses: two exchanges per attention and one gather; PixArt has two blocks."""
+    _, _, collectives, sent = measured["PixArt, ulysses 2"]
+    tokens, width, four_bytes = 16, 64, 4
+    exchanged = 2 * 4 * tokens // 2 * width // 2 * four_bytes  # query, key, value, output of each block
+    gathered = tokens // 2 * width * four_bytes
+    assert (collectives, sent) == (5, exchanged + gathered)
+
+
+class Block(torch.nn.Module):
+    """A block that attends to nobody."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](x)
+
+
+def plan(same: str = "", **blocks) -> Plan:
+    cut = {"x": Tokens("image")}
+    region = Region({"blocks": Blocks(cut, ("image",), **blocks)}, same=frozenset(same.split()))
+    return Plan((region,))
+
+
+def test_an_attention_that_does_not_come_to_the_seam_is_an_error():
+    region = Region({"blocks": Blocks({"x": Tokens("image")}, ("image",))}, {"blocks.*": Attend("image")})
+    model = Model()
+    SpreadTokens(model, Plan((region,)), Mesh())
+    with pytest.raises(PlanMismatch, match="no attention of Block in Model came to the seam"):
+        model(torch.zeros(1, 4, 2))
+
+
+def test_an_argument_that_the_plan_does_not_know_is_an_error():
+    class Wider(Block):
+        def forward(self, x, table=None):
+            return x
+
+    model = Model()
+    model.blocks[0] = Wider()
+    with pytest.raises(PlanMismatch, match="takes table, which its plan does not know"):
+        SpreadTokens(model, plan(), Mesh())
+    SpreadTokens(model, plan("table"), Mesh())
+
+
+def test_a_name_that_the_model_lacks_is_an_error():
+    region = Region({"layers": Blocks({"x": Tokens("image")}, ("image",))})
+    with pytest.raises(PlanMismatch, match="has no layers"):
+        SpreadTokens(Model(), Plan((region,)), Mesh())
+
+
+def test_a_table_of_another_length_is_an_error():
+    parts = Parts(2, 0)
+    parts.bring("image", 5)
+    with pytest.raises(PlanMismatch, match="4 rows lies along 5 tokens"):
+        parts.take(Tokens("image", 0), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_parts_of_all_ranks_are_the_whole(length: int, ranks: int):
+    whole = torch.arange(length)[None]
+    parts = []
+    for rank in range(ranks):
+        found = Parts(ranks, rank)
+        found.bring("image", length)
+        own = found.take(Tokens("image"), whole)
+        assert own.shape[1] >= 1  # blocks cannot compute on nothing
+        parts.append(found.true(own, "image", 1))
+        assert torch.equal(found.held(parts[-1], "image", 1).shape == own.shape and own * 0, own * 0)
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert max(Shard(length, ranks).sizes) - min(Shard(length, ranks).sizes) <= 1
+
+
+def test_spans_over_two_streams():
+    spans = [(0, 3, "a"), (3, 7, "b"), (7, None, "c")]  # two text tokens, eight of the picture
+    found = []
+    for rank in range(2):
+        parts = Parts(2, rank)
+        parts.bring("text", 2)
+        parts.bring("image", 8)
+        found.append(parts.take(Spans("text image"), spans))
+    assert found[0] == [(0, 1, "a"), (1, 2, "a"), (2, 5, "b")]
+    assert found[1] == [(0, 1, "a"), (1, 2, "b"), (2, 5, "c")]

@@ -1,0 +1,243 @@
+"""What one model's ranks exchange: keys at the seam, tokens behind a region, sums of linear attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from worker.parallel.attention import WithLogSumExp
+from worker.parallel.mesh import Mesh
+from worker.parallel.parts import Parts, Shard
+from worker.parallel.plan import WHOLE, Attend, PlanMismatch
+from worker.parallel.usp import USP, Keep, Order
+
+
+class Exchange:
+    """Of one model over one mesh, call after call.
+
+    Args:
+        parts: what the present call brings of every stream.
+    """
+
+    def __init__(self, parts: Parts, mesh: Mesh, kernel: WithLogSumExp | None = None, deaf: bool = False):
+        self.parts, self.mesh, self.kernel, self.deaf = parts, mesh, kernel, deaf
+        self.masks: dict[str, torch.Tensor] = {}  # whole key masks (B, tokens) of streams
+        self._orders: dict[str, Order] = {}
+
+    def begin(self) -> None:
+        """A stream was measured: what was known of the ones before may be over."""
+        self._orders.clear()
+        self.masks.clear()
+
+    def module(self, attends: tuple[Attend, ...]) -> ModuleAttention:
+        """The attention of one planned module."""
+        return ModuleAttention(self, attends)
+
+    def whole(
+        self, part: torch.Tensor, streams: str, dim: int = 1, which: Sequence[str] | None = None
+    ) -> torch.Tensor:
+        """All tokens of a sequence of which each rank has its part; `which` streams only, if given."""
+        names = streams.split()
+        wanted = [n for n in names if n != WHOLE and (which is None or n in which)]
+        if not wanted or self.mesh.ranks == 1:
+            return part
+        if wanted == names:
+            return self._gather(part, streams, dim)
+        known = sum(self.parts[name].size for name in names if name != WHOLE)
+        sizes = [part.shape[dim] - known if n == WHOLE else self.parts[n].size for n in names]
+        pieces = zip(names, part.split(sizes, dim), strict=True)
+        return torch.cat([self._gather(p, n, dim) if n in wanted else p for n, p in pieces], dim)
+
+    def _gather(self, part: torch.Tensor, streams: str, dim: int) -> torch.Tensor:
+        names, parts = streams.split(), self.parts
+        every = self.mesh.gather(parts.true(part, streams, dim), parts.sizes(streams), dim)
+        if len(names) == 1:
+            return torch.cat(every, dim)
+        shards = [parts[name].shard for name in names]
+        split = [whole.split([s.size(rank) for s in shards], dim) for rank, whole in enumerate(every)]
+        return torch.cat([of_rank[i] for i in range(len(names)) for of_rank in split], dim)
+
+    def order(self, streams: str, shards: Sequence[Shard], device: torch.device) -> Order:
+        """Where tokens are in the whole of a sequence; made once per call."""
+        if streams not in self._orders:
+            self._orders[streams] = Order(shards, device)
+        return self._orders[streams]
+
+
+class ModuleAttention:
+    """The attention of one planned module: its n-th call is that of the n-th of `attends`, or of the last."""
+
+    def __init__(self, exchange: Exchange, attends: tuple[Attend, ...]):
+        self._exchange, self._attends = exchange, attends
+        self.calls = 0
+        self.keep: Keep | None = None
+        self._mask: tuple[Any, dict[Any, torch.Tensor]] = (None, {})  # the last one, and its blocks
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        local: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Attention of this rank's queries (B, heads, tokens, width) to the keys of all ranks."""
+        attend = self._attends[min(self.calls, len(self._attends) - 1)]
+        self.calls += 1
+        exchange = self._exchange
+        queries, keys = self._shards(attend.query, query), self._shards(attend.keys, key)
+        held = query
+        query = self._true(query, attend.query, queries)
+        key, value = (self._true(tensor, attend.keys, keys) for tensor in (key, value))
+        sizes = [_sizes(shards) for shards in (queries, keys)]
+        if attend.counted:
+            sizes = self._counted(query, key)
+        self._check(attend, sizes, query, key)
+        if exchange.deaf:
+            return self._held(local(query, key, value, None), held, attend.query, queries)
+        mask = self._whole_mask(attend.keys, keys, key, mask)
+        usp = USP(exchange.mesh, *sizes, exchange.kernel, self.keep)
+
+        def bias(block: int, heads: slice) -> torch.Tensor | None:
+            return None if mask is None else self._bias(attend, queries, keys, mask, block, heads)
+
+        out = usp(query, key, value, bias, scale, local)
+        return self._held(out, held, attend.query, queries)
+
+    # ------------------------------------------------------------------ tokens
+
+    def _shards(self, streams: str, tensor: torch.Tensor) -> list[Shard]:
+        """How the tokens of a sequence are spread; for the exchange, also those that every rank has."""
+        parts, mesh = self._exchange.parts, self._exchange.mesh
+        names = streams.split()
+        if WHOLE not in names:
+            return [parts[name].shard for name in names]
+        known = sum(parts[name].size for name in names if name != WHOLE)
+        rest = Shard(tensor.shape[2] - known, mesh.ranks)
+        return [rest if name == WHOLE else parts[name].shard for name in names]
+
+    def _true(self, tensor: torch.Tensor, streams: str, shards: list[Shard]) -> torch.Tensor:
+        """What this rank brings to the exchange."""
+        parts, rank = self._exchange.parts, self._exchange.mesh.rank
+        names = streams.split()
+        if WHOLE not in names:
+            return parts.true(tensor, streams, 2)
+        sizes = [s.length if n == WHOLE else parts[n].size for n, s in zip(names, shards, strict=True)]
+        pieces = []
+        for name, shard, piece in zip(names, shards, tensor.split(sizes, 2), strict=True):
+            span = shard.span(rank) if name == WHOLE else slice(0, parts[name].true)
+            pieces.append(piece[:, :, span])
+        return torch.cat(pieces, 2)
+
+    def _held(self, out: torch.Tensor, held: torch.Tensor, streams: str, shards: list[Shard]) -> torch.Tensor:
+        """The output for all tokens this rank computes on: of whole streams, all."""
+        exchange, names = self._exchange, streams.split()
+        if WHOLE not in names:
+            return exchange.parts.held(out, streams, 2)
+        rank, pieces = exchange.mesh.rank, []
+        sizes = [shard.size(rank) for shard in shards]
+        for name, shard, piece in zip(names, shards, out.split(sizes, 2), strict=True):
+            if name == WHOLE:
+                pieces.append(torch.cat(exchange.mesh.gather(piece, shard.sizes, 2), 2))
+            else:
+                pieces.append(exchange.parts.held(piece, name, 2))
+        return torch.cat(pieces, 2)
+
+    def _counted(self, query: torch.Tensor, key: torch.Tensor) -> list[list[int]]:
+        """How many tokens every rank has left, where the module dropped some."""
+        mesh = self._exchange.mesh
+        own = torch.tensor([[query.shape[2], key.shape[2]]], device=query.device)
+        return torch.cat(mesh.gather(own, [1] * mesh.ranks, 0)).T.tolist()
+
+    def _check(self, attend: Attend, sizes: list[list[int]], query: torch.Tensor, key: torch.Tensor) -> None:
+        rank = self._exchange.mesh.rank
+        brought, expected = (query.shape[2], key.shape[2]), (sizes[0][rank], sizes[1][rank])
+        if brought != expected:
+            raise PlanMismatch(
+                f"attention of {attend.query} to {attend.keys}: this rank brings {brought} queries and keys, "
+                f"its plan says {expected}"
+            )
+
+    # ------------------------------------------------------------------ masks
+
+    def _whole_mask(
+        self, streams: str, shards: list[Shard], key: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """(B or 1, heads or 1, queries or 1, all keys). One made of this rank's tokens is made anew."""
+        if mask is None:
+            return None
+        masks, names = self._exchange.masks, streams.split()
+        if mask.shape[-1] == sum(shard.length for shard in shards):
+            return mask
+        if not masks:
+            raise PlanMismatch(
+                f"a mask over {mask.shape[-1]} keys where there are {sum(s.length for s in shards)} "
+                f"({streams})"
+            )
+        whole = [
+            masks.get(name, key.new_ones(len(key), shard.length, dtype=torch.bool))
+            for name, shard in zip(names, shards, strict=True)
+        ]
+        return torch.cat(whole, 1)[:, None, None]
+
+    def _bias(
+        self,
+        attend: Attend,
+        queries: list[Shard],
+        keys: list[Shard],
+        mask: torch.Tensor,
+        block: int,
+        heads: slice,
+    ) -> torch.Tensor:
+        """The mask between the queries of this rank's Ulysses group and the keys of a block of the ring."""
+        exchange, mesh = self._exchange, self._exchange.mesh
+        if self._mask[0] is not mask:
+            self._mask = (mask, {})
+        if block not in self._mask[1]:
+            order = exchange.order(attend.keys, keys, mask.device).of(mesh.block(block))
+            cut = mask.index_select(-1, order)
+            if mask.shape[-2] > 1:
+                if mask.shape[-2] != sum(shard.length for shard in queries):
+                    raise PlanMismatch(
+                        f"a mask for {mask.shape[-2]} queries where there are "
+                        f"{sum(s.length for s in queries)} ({attend.query})"
+                    )
+                order = exchange.order(attend.query, queries, mask.device).of(mesh.block(mesh.ring_rank))
+                cut = cut.index_select(-2, order)
+            self._mask[1][block] = cut
+        cut = self._mask[1][block]
+        return cut[:, heads] if cut.shape[1] > 1 else cut
+
+
+class FirstProductSummed(TorchFunctionMode):
+    """Linear attention: its first matrix product is a sum over tokens, so the ranks' products add up."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self._mesh, self._waiting = mesh, False
+
+    def begin(self) -> None:
+        """The module runs."""
+        self._waiting = True
+        self.__enter__()
+
+    def end(self) -> None:
+        """The module has run."""
+        self.__exit__(None, None, None)
+        if self._waiting:
+            raise PlanMismatch("a linear attention without a matrix product: its tokens would not meet")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.matmul or not self._waiting:
+            return result
+        self._waiting = False
+        return self._mesh.sum(result)
+
+
+def _sizes(shards: list[Shard]) -> list[int]:
+    return [sum(shard.size(rank) for shard in shards) for rank in range(shards[0].ranks)]

@@ -1,0 +1,204 @@
+"""Which tokens of a call each rank has: parts of streams, as even as they go, and never padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from worker.parallel.plan import WHOLE, Carrier, Count, Frames, Grid, PlanMismatch, Spans, Tokens, of_each
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`length` things over `ranks`, in whole units: the first ranks have one more where needed."""
+
+    length: int
+    ranks: int
+    unit: int = 1
+
+    def start(self, rank: int) -> int:
+        """The first of `rank`; what comes after the last rank's is `length`."""
+        units = self.length // self.unit
+        return (rank * (units // self.ranks) + min(rank, units % self.ranks)) * self.unit
+
+    def size(self, rank: int) -> int:
+        """How many `rank` has; maybe none."""
+        return self.start(rank + 1) - self.start(rank)
+
+    def span(self, rank: int) -> slice:
+        """Where those of `rank` are."""
+        return slice(self.start(rank), self.start(rank + 1))
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many every rank has."""
+        return [self.size(rank) for rank in range(self.ranks)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of one stream a call brings, and what of that this rank has.
+
+    Many blocks cannot compute on nothing. A rank without any token holds the stream's first one: nothing
+    attends to it and nothing is made of it.
+
+    Args:
+        length: tokens of the whole stream.
+        first: the first token of the call; `shard` counts from there.
+    """
+
+    length: int
+    first: int
+    shard: Shard
+    rank: int
+
+    @property
+    def true(self) -> int:
+        """How many tokens this rank has to compute."""
+        return self.shard.size(self.rank)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """First and last-plus-one of the tokens this rank's blocks compute on."""
+        start = self.first + self.shard.start(self.rank)
+        return (start, start + self.true) if self.true else (0, 1)
+
+    @property
+    def size(self) -> int:
+        """How many this rank's blocks compute on: at least one."""
+        start, stop = self.held
+        return stop - start
+
+
+class Parts:
+    """The parts of all streams in one call of a model."""
+
+    def __init__(self, ranks: int, rank: int):
+        self.ranks, self.rank = ranks, rank
+        self._of: dict[str, Part] = {}
+
+    def __getitem__(self, stream: str) -> Part:
+        return self._of[stream]
+
+    def __contains__(self, stream: str) -> bool:
+        return stream in self._of
+
+    def bring(self, stream: str, length: int, unit: int = 1, span: tuple[int, int] | None = None) -> None:
+        """A stream of so many tokens; a call may bring a `span` of them only.
+
+        Raises:
+            PlanMismatch: its length is no number of whole units, or there are fewer units than ranks.
+        """
+        if unit > 1 and (length % unit or length // unit < self.ranks):
+            raise PlanMismatch(
+                f"{length} {stream} tokens in rows of {unit} cannot be split over {self.ranks} ranks, each "
+                "of which needs a row; draw a larger picture, or use fewer ranks for one sequence"
+            )
+        first, stop = span or (0, length)
+        self._of[stream] = Part(length, first, Shard(stop - first, self.ranks, unit), self.rank)
+
+    def sizes(self, streams: str) -> list[int]:
+        """How many true tokens of a sequence every rank has."""
+        shards = [self._of[name].shard for name in streams.split()]
+        return [sum(shard.size(rank) for shard in shards) for rank in range(self.ranks)]
+
+    def true(self, tensor: torch.Tensor, streams: str, dim: int) -> torch.Tensor:
+        """Without the token that stands in for none."""
+        parts = [self._of[name] for name in streams.split()]
+        if all(part.true for part in parts):
+            return tensor
+        pieces = tensor.split([part.size for part in parts], dim)
+        return torch.cat([p.narrow(dim, 0, part.true) for p, part in zip(pieces, parts, strict=True)], dim)
+
+    def held(self, tensor: torch.Tensor, streams: str, dim: int) -> torch.Tensor:
+        """With zeros for the tokens that `true` left out."""
+        parts = [self._of[name] for name in streams.split()]
+        if all(part.true for part in parts):
+            return tensor
+        pieces = tensor.split([part.true for part in parts], dim)
+        shape = list(tensor.shape)
+        shape[dim] = 1
+        zero = tensor.new_zeros(shape)
+        filled = [p if part.true else zero for p, part in zip(pieces, parts, strict=True)]
+        return torch.cat(filled, dim)
+
+    # ------------------------------------------------------------------ cutting
+
+    def take(self, carrier: Carrier | tuple[Carrier, ...], value: Any) -> Any:
+        """This rank's part of an argument."""
+        if value is None:
+            return None
+        if isinstance(carrier, Spans):
+            return list(self._spans(carrier.streams.split(), value))
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.take(one, part) for one, part in of_each(carrier, value))
+        if isinstance(carrier, Count):
+            return self._count(self._of[carrier.streams], value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if isinstance(carrier, Grid):
+            flat = self.cut(value.flatten(carrier.first, carrier.last), carrier.streams, carrier.first)
+            return flat.unflatten(carrier.first, (-1, *(1,) * (carrier.last - carrier.first)))
+        if isinstance(carrier, Frames):
+            return self._frames(carrier, value)
+        return self._tokens(carrier, value)
+
+    def cut(self, tensor: torch.Tensor, streams: str, dim: int) -> torch.Tensor:
+        """This rank's part of a tensor that has whole streams along `dim`.
+
+        Raises:
+            PlanMismatch: it has another number of tokens.
+        """
+        pieces = self._pieces(tensor, streams, dim)
+        parts = []
+        for name, piece in zip(streams.split(), pieces, strict=True):
+            start, stop = (0, piece.shape[dim]) if name == WHOLE else self._of[name].held
+            parts.append(piece.narrow(dim, start, stop - start))
+        # A copy in any case: blocks may write into their streams.
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone()
+
+    def _pieces(self, tensor: torch.Tensor, streams: str, dim: int) -> tuple[torch.Tensor, ...]:
+        lengths = [None if name == WHOLE else self._of[name].length for name in streams.split()]
+        known = sum(length for length in lengths if length is not None)
+        rest = tensor.shape[dim] - known
+        if rest < 0 or (rest and None not in lengths):
+            raise PlanMismatch(f"a tensor of {tensor.shape[dim]} rows lies along {known} tokens ({streams})")
+        return tensor.split([rest if length is None else length for length in lengths], dim)
+
+    def _tokens(self, carrier: Tokens, value: torch.Tensor) -> torch.Tensor:
+        dim = carrier.dim
+        if carrier.ndim not in (None, value.ndim):
+            return value
+        if isinstance(dim, tuple):
+            dim = next((one for one in dim if value.shape[one] > 1), dim[0])
+        names = carrier.streams.split()
+        if value.shape[dim] == 1 and (WHOLE in names or sum(self._of[n].length for n in names) != 1):
+            return value
+        return self.cut(value, carrier.streams, dim)
+
+    def _frames(self, carrier: Frames, value: torch.Tensor) -> torch.Tensor:
+        if value.ndim != carrier.ndim or value.shape[1] == 1:
+            return value
+        part = self._of[carrier.streams]
+        per_frame = -(-part.length // value.shape[1])
+        return value[:, torch.arange(*part.held, device=value.device) // per_frame]
+
+    def _count(self, part: Part, value: int) -> int:
+        start, stop = part.held
+        unit = part.shard.unit
+        return min(max(value * unit - start, 0), stop - start) // unit
+
+    def _spans(self, names: list[str], value: Any) -> Iterator[tuple[int, int, Any]]:
+        at = first = 0
+        for name in names:
+            part = self._of[name]
+            start, stop = part.held
+            for low, high, content in value:
+                high = first + part.length if high is None else high
+                low, high = max(low - first, start), min(high - first, stop)
+                if low < high:
+                    yield at + low - start, at + high - start, content
+            at, first = at + part.size, first + part.length

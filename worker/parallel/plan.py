@@ -1,0 +1,168 @@
+"""The plan of a model: where its tokens are. Every parallel method reads it and knows nothing else of it.
+
+A plan is a tuple of regions. In a region tokens stay split: they are cut where its first block begins and
+gathered where it ends. Streams (image, text, audio ...) are sequences of tokens that are split each by
+itself; a sequence of several is written in its order, "text image". In it "*" are tokens that every rank has
+whole, because the model makes them anew in every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+WHOLE = "*"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tensor, or a nested tuple or list of them, with one entry per token of some streams.
+
+    Args:
+        dim: where the tokens lie; a tuple of them where it differs (between versions of a class): the one
+            that is not 1. A dimension of 1 broadcasts and stays whole, like a tensor without tokens.
+        ndim: a tensor with another number of dimensions has no tokens.
+        masks_keys: a key mask (B, tokens) from which the model makes the mask of an attention of its own
+            tokens only; the seam makes that mask of the whole again.
+    """
+
+    streams: str
+    dim: int | tuple[int, ...] = 1
+    ndim: int | None = None
+    masks_keys: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A tensor whose tokens fill the dimensions `first` to `last`: in a part they are rows of one column."""
+
+    streams: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A tensor of `ndim` dimensions with one entry per frame along dim 1; in a part, one per token."""
+
+    streams: str
+    ndim: int
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A list of (first token, end or None, anything) over some streams."""
+
+    streams: str
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of a stream's first tokens are special; in units of so many tokens as its region says."""
+
+    streams: str
+
+
+Carrier = Tokens | Grid | Frames | Spans | Count
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One attention between tokens.
+
+    Args:
+        query: the streams of its queries, in their order.
+        key: those of its keys and values; none is those of its queries.
+        linear: without softmax: the first matrix product in the module sums over tokens.
+        counted: the module drops tokens itself, so ranks tell each other how many are left.
+    """
+
+    query: str
+    key: str = ""
+    linear: bool = False
+    counted: bool = False
+
+    @property
+    def keys(self) -> str:
+        """The streams of the keys."""
+        return self.key or self.query
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One list of blocks.
+
+    Args:
+        cut: arguments of its first block that enter whole, and what they carry. A tuple of carriers is for an
+            argument that is a tuple or list.
+        returns: the streams of each output of a block; None for an output that is not read.
+        carries: arguments that are split already when they come, and the streams of each.
+        tables: as those of the region, for this list only.
+        names: the arguments in their order, of blocks that do not declare all (`*args`).
+    """
+
+    cut: Mapping[str, Carrier | tuple[Carrier, ...]] = field(default_factory=dict)
+    returns: tuple[Carrier | str | None, ...] = ()
+    carries: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Carrier] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Region:
+    """Blocks between which tokens stay split.
+
+    Args:
+        blocks: module lists in the order they run.
+        attention: modules (`blocks.*.attn`, `*` is one name) that attend between tokens; a tuple for one that
+            does so several times. Every other module of a block treats each token by itself, or sees with
+            each of them the same whole thing (cross attention to a whole prompt).
+        tables: arguments of any block that lie along tokens but do not pass from block to block.
+        same: arguments that are passed as they are. A block with an argument that is nowhere in the plan is
+            refused: it could lie along tokens.
+        gather: the streams that are whole behind the region; others stay split, as nothing reads them.
+        at: the module before which they are gathered, in its first argument; none is behind the last block.
+        each: they are cut and gathered in every block.
+        whole: modules that mix tokens in a way of their own, and so see all: (argument, streams).
+        units: streams that are only cut between units (rows of a picture): the argument that says how many
+            tokens a unit has.
+        halo: 3 x 3 convolutions (B, C, rows, columns) in a block, which see a row of each neighbour.
+        control: lists of ControlNet residuals: the list of blocks after which each is added, and its streams.
+    """
+
+    blocks: Mapping[str, Blocks]
+    attention: Mapping[str, Attend | tuple[Attend, ...]] = field(default_factory=dict)
+    tables: Mapping[str, Carrier | tuple[Carrier, ...]] = field(default_factory=dict)
+    same: frozenset[str] = frozenset()
+    gather: str = ""
+    at: str = ""
+    each: bool = False
+    whole: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+    halo: tuple[str, ...] = ()
+    control: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a model's tokens are.
+
+    Args:
+        patched: the stream that PipeFusion cuts into patches; none where it cannot.
+        skips: for block i of n, the earlier block whose output its forward reads too.
+    """
+
+    regions: tuple[Region, ...]
+    patched: str = ""
+    skips: Callable[[int, int], int | None] | None = None
+
+
+class PlanMismatch(Exception):
+    """The model is not the one its plan was written for, or brings what cannot be split."""
+
+
+def of_each(carrier: Any, values: Any) -> list[tuple[Any, Any]]:
+    """The carriers of the parts of a tuple or list, with them: one for all, or one each."""
+    carriers = carrier if isinstance(carrier, tuple) else (carrier,) * len(values)
+    return list(zip(carriers, values, strict=True))
