@@ -13,7 +13,7 @@ from torch import nn
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Shapes, Source
 from worker.models.ip_adapter import IPAdapter
-from worker.parallel.groups import TokenLayout
+from worker.parallel.plan import Plan
 
 PATCH = 2  # latent pixels per side of a token, of every family here
 
@@ -81,7 +81,7 @@ class ModelFamily(ABC):
 
     name: str
     native: str  # a tensor that a file in the original release's naming has, and no other
-    layout: TokenLayout
+    plan: Plan
     parts: StageParts
     latent_format: LatentFormat
     guided: bool = True  # by a second, negative prompt; False where guidance is distilled into the model

@@ -14,8 +14,9 @@ from comfy_xdit.protocol.controlnet_files import ControlNetKind
 from worker.checkpoints import Shapes, Source
 from worker.models.base import Call, packed
 from worker.models.flux.family import Flux
+from worker.models.plans import diffusers as plans
 from worker.models.sd3.family import SD3
-from worker.parallel.groups import TokenLayout
+from worker.parallel.plan import Plan
 from worker.transformer.control import Residuals
 
 HINT_WIDTH = 16  # channels inside the layers that take a hint picture, of every published one
@@ -25,7 +26,7 @@ Samples = list[torch.Tensor] | None
 class ControlNetFamily(ABC):
     """ControlNets for one family of transformers."""
 
-    layout: TokenLayout
+    plan: Plan
     class_name: str  # diffusers'
     # What a config.json says that shapes cannot.
     words: tuple[str, ...] = ("attention_head_dim", "num_attention_heads")
@@ -46,10 +47,6 @@ class ControlNetFamily(ABC):
     def kwargs(self, net: nn.Module, call: Call, hint: torch.Tensor, mode: int | None) -> dict[str, Any]:
         """Arguments of the ControlNet in those of the transformer; `hint` as the net takes it."""
 
-    def extra_text(self, mode: int | None) -> int:
-        """Text tokens that the net adds to the prompt."""
-        return 0
-
     @abstractmethod
     def spread(self, outputs: tuple[Samples, ...], blocks: dict[str, int], net: nn.Module) -> Residuals:
         """A residual per block of the transformer, by place; `blocks` says how many there are at each."""
@@ -58,7 +55,7 @@ class ControlNetFamily(ABC):
 class SD3ControlNets(ControlNetFamily):
     """diffusers' SD3ControlNetModel, as InstantX publishes them."""
 
-    layout = TokenLayout(text_first=False, first_block="transformer_blocks.0", last_norm=None)
+    plan = plans.SD3_CONTROLNET
     class_name = "SD3ControlNetModel"
     words = (*ControlNetFamily.words, "force_zeros_for_pooled_projection")
 
@@ -89,9 +86,7 @@ class SD3ControlNets(ControlNetFamily):
 class FluxControlNets(ControlNetFamily):
     """diffusers' FluxControlNetModel: InstantX, Shakker Labs (union too), XLabs."""
 
-    layout = TokenLayout(
-        text_first=True, first_block="transformer_blocks.0", last_norm=None, rotary="pos_embed"
-    )
+    plan = plans.FLUX_CONTROLNET
     class_name = "FluxControlNetModel"
     words = (*ControlNetFamily.words, "axes_dims_rope")
 
@@ -131,9 +126,6 @@ class FluxControlNets(ControlNetFamily):
             rows = call.kwargs["hidden_states"].shape[0]
             given["controlnet_mode"] = torch.full((rows, 1), mode, device=hint.device)
         return given
-
-    def extra_text(self, mode: int | None) -> int:
-        return 0 if mode is None else 1
 
     def spread(self, outputs: tuple[Samples, ...], blocks: dict[str, int], net: nn.Module) -> Residuals:
         residuals = {}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +15,9 @@ from torch import nn
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.rpc import Rank
 from worker.parallel import xfuser_compat
+from worker.parallel.attention import WithLogSumExp
+from worker.parallel.mesh import Mesh, gather_parts
+from worker.parallel.parts import Shard
 from worker.parallel.pipeline import Pipeline
 
 # Longer than any step; a hung peer is found by the host long before.
@@ -131,6 +132,18 @@ class RankGroups:
         blocks = [(self.sequence_rank // ulysses - step) % ring for step in range(ring)]
         return [range(block * ulysses, (block + 1) * ulysses) for block in blocks]
 
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The ranks that share this rank's sequence of tokens. Its process groups are xfuser's."""
+        ulysses, ring = self.degrees.ulysses, self.degrees.ring
+        if self.degrees.sequence == 1:
+            return Mesh()
+        from xfuser.core.distributed import get_sp_group
+
+        found = get_sp_group()
+        groups = (found.ulysses_group, found.ring_group, found.device_group)
+        return Mesh(ulysses, ring, self.sequence_rank, *groups)
+
     def rows(self, count: int) -> Shard | None:
         """How the rows of a batch are spread over the branches; None where every branch computes all."""
         return None if self.degrees.branches == 1 or count == 1 else Shard(count, self.degrees.branches)
@@ -139,9 +152,7 @@ class RankGroups:
         """All rows of a batch, in their order, of which this rank's branch has `rows` (n, ...)."""
         from xfuser.core.distributed import get_dp_group
 
-        padding = rows.new_zeros(shard.size - rows.shape[0], *rows.shape[1:])
-        gathered = get_dp_group().all_gather(torch.cat([rows, padding]), dim=0)
-        return gathered.index_select(0, true_positions((shard,), range(shard.ranks), rows.device))
+        return torch.cat(gather_parts(rows, shard.sizes, 0, get_dp_group().device_group))
 
     def gather_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Concatenate every sequence rank's tokens (B, n, D) along dim 1."""
@@ -191,70 +202,6 @@ class Announcement:
         return bool(self.word.item())
 
 
-@dataclass(frozen=True)
-class Shard:
-    """`length` tokens spread over `ranks` as evenly as they go, each part padded to one size."""
-
-    length: int
-    ranks: int
-
-    @property
-    def size(self) -> int:
-        """Tokens per rank, padding included."""
-        return -(-self.length // self.ranks)
-
-    def start(self, rank: int) -> int:
-        """The first token of `rank`: the first ranks take one more where the length does not divide."""
-        return rank * (self.length // self.ranks) + min(rank, self.length % self.ranks)
-
-    def valid(self, rank: int) -> int:
-        """True tokens in the part of `rank`; the padding is behind them."""
-        return self.start(rank + 1) - self.start(rank)
-
-    def span(self, rank: int) -> slice:
-        """Where the true tokens of `rank` are."""
-        return slice(self.start(rank), self.start(rank + 1))
-
-    def take(self, tokens: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
-        """The part of `rank`, zero-padded to `size`."""
-        count = self.valid(rank)
-        part = tokens.narrow(dim, self.start(rank), count)
-        if count == self.size:
-            return part.contiguous()
-        shape = list(part.shape)
-        shape[dim] = self.size - count
-        return torch.cat([part, part.new_zeros(shape)], dim)
-
-    def own(self, tokens: torch.Tensor, rank: int) -> torch.Tensor:
-        """What the part of `rank` has of (B, n, D), n at most `length`; no padding, and maybe nothing."""
-        return tokens[:, self.span(rank)]
-
-
-def positions(shards: Sequence[Shard], wanted: int, ranks: range) -> list[int]:
-    """Where the true tokens of one of `shards` are when the parts of `ranks` lie one behind another."""
-    width, offset = sum(shard.size for shard in shards), sum(shard.size for shard in shards[:wanted])
-    return [i * width + offset + j for i, r in enumerate(ranks) for j in range(shards[wanted].valid(r))]
-
-
-def true_positions(shards: Sequence[Shard], ranks: range, device: torch.device) -> torch.Tensor:
-    """Where the true tokens of all `shards` are, in the order they lie in."""
-    found = sorted(p for wanted in range(len(shards)) for p in positions(shards, wanted, ranks))
-    return torch.tensor(found, device=device)
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """How a family's joint attention orders its two streams, and what the hooks attach to.
-
-    Without a `last_norm` nothing is gathered: what the blocks compute is wanted where it is.
-    """
-
-    text_first: bool
-    first_block: str
-    last_norm: str | None
-    rotary: str | None = None
-
-
 def _attention_backend(degrees: Degrees) -> str | None:
     """xfuser's name of the attention to use; None lets xfuser choose.
 
@@ -267,78 +214,12 @@ def _attention_backend(degrees: Degrees) -> str | None:
     return None if torch.cuda.is_available() else "SDPA_FLASH"
 
 
-class SequenceParallel:
-    """Splits a diffusers transformer's tokens over the sequence ranks, inside its own forward.
-
-    The model's forward stays diffusers'. Three hooks do the work: the first block gets this rank's
-    part of image and text tokens, rotary tables are cut alike, and the last norm gets all image
-    tokens back. Attention in between is xfuser's (USP), which exchanges heads for tokens.
-    """
-
-    def __init__(self, groups: RankGroups, transformer: nn.Module, layout: TokenLayout):
-        self._groups, self._layout = groups, layout
-        self._image = self._text = Shard(0, 1)
-        use_parallel_attention(transformer, groups.degrees)
-        transformer.get_submodule(layout.first_block).register_forward_pre_hook(self._split, with_kwargs=True)
-        if layout.last_norm is not None:
-            transformer.get_submodule(layout.last_norm).register_forward_pre_hook(self._gather)
-        if layout.rotary is not None:
-            transformer.get_submodule(layout.rotary).register_forward_hook(self._split_rotary)
-
-    @contextmanager
-    def tokens(self, image: int, text: int) -> Iterator[None]:
-        """Within, the transformer is called with so many image and text tokens."""
-        ranks = self._groups.degrees.sequence
-        self._image, self._text = Shard(image, ranks), Shard(text, ranks)
-        with xfuser_compat.keys_selected(self._true_keys()):
-            yield
-
-    def own_image(self, tokens: torch.Tensor) -> torch.Tensor:
-        """This rank's part of something on the image tokens, or on the first of them."""
-        return self._image.own(tokens, self._groups.sequence_rank)
-
-    def whole_image(self, part: torch.Tensor) -> torch.Tensor:
-        """All image tokens of those that each rank has, padding included, as the blocks compute them."""
-        tokens = self._groups.gather_tokens(part)
-        if self._image.length % self._image.ranks == 0:
-            return tokens
-        ranks = range(self._image.ranks)
-        return tokens.index_select(1, true_positions((self._image,), ranks, tokens.device))
-
-    def _split(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rank = self._groups.sequence_rank
-        kwargs["hidden_states"] = self._image.take(kwargs["hidden_states"], rank)
-        kwargs["encoder_hidden_states"] = self._text.take(kwargs["encoder_hidden_states"], rank)
-        return args, kwargs
-
-    def _split_rotary(self, _module: nn.Module, _args: Any, tables: tuple[torch.Tensor, ...]) -> Any:
-        rank, text = self._groups.sequence_rank, self._text.length
-        return tuple(
-            torch.cat([self._text.take(t[:text], rank, 0), self._image.take(t[text:], rank, 0)])
-            for t in tables
-        )
-
-    def _gather(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
-        hidden_states, *rest = args
-        return (self.whole_image(hidden_states), *rest)
-
-    def _true_keys(self) -> xfuser_compat.KeySelection:
-        """Leaves out the padding, in joint attention and in that of image tokens alone."""
-        streams = (self._text, self._image) if self._layout.text_first else (self._image, self._text)
-        valid: dict[int, list[torch.Tensor]] = {}
-        for shards in (streams, (self._image,)):
-            if any(shard.length % shard.ranks for shard in shards):
-                valid[sum(s.size for s in shards) * self._groups.degrees.ulysses] = [
-                    true_positions(shards, ranks, self._groups.device) for ranks in self._groups.key_blocks()
-                ]
-
-        def select(key: torch.Tensor, value: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if key.shape[2] not in valid:
-                return key, value
-            where = valid[key.shape[2]][block]
-            return key.index_select(2, where), value.index_select(2, where)
-
-        return select
+def ring_kernel(transformer: nn.Module, groups: RankGroups) -> WithLogSumExp | None:
+    """xfuser's attention with log-sum-exp for the blocks of a ring; None where ours is all there is."""
+    if groups.degrees.ring == 1 or groups.device.type != "cuda":
+        return None
+    _start_runtime_state(transformer, groups.degrees)
+    return xfuser_compat.block_attention()
 
 
 def use_parallel_attention(transformer: nn.Module, degrees: Degrees) -> None:

@@ -10,8 +10,60 @@ from functools import cache, cached_property
 import torch
 from torch import nn
 
-from worker.parallel.groups import RankGroups, Shard, positions
+from worker.parallel.groups import RankGroups
 from worker.parallel.xfuser_compat import keys_selected
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`length` tokens spread over `ranks` as evenly as they go, each part padded to one size."""
+
+    length: int
+    ranks: int
+
+    @property
+    def size(self) -> int:
+        """Tokens per rank, padding included."""
+        return -(-self.length // self.ranks)
+
+    def start(self, rank: int) -> int:
+        """The first token of `rank`: the first ranks take one more where the length does not divide."""
+        return rank * (self.length // self.ranks) + min(rank, self.length % self.ranks)
+
+    def valid(self, rank: int) -> int:
+        """True tokens in the part of `rank`; the padding is behind them."""
+        return self.start(rank + 1) - self.start(rank)
+
+    def span(self, rank: int) -> slice:
+        """Where the true tokens of `rank` are."""
+        return slice(self.start(rank), self.start(rank + 1))
+
+    def take(self, tokens: torch.Tensor, rank: int, dim: int = 1) -> torch.Tensor:
+        """The part of `rank`, zero-padded to `size`."""
+        count = self.valid(rank)
+        part = tokens.narrow(dim, self.start(rank), count)
+        if count == self.size:
+            return part.contiguous()
+        shape = list(part.shape)
+        shape[dim] = self.size - count
+        return torch.cat([part, part.new_zeros(shape)], dim)
+
+    def own(self, tokens: torch.Tensor, rank: int) -> torch.Tensor:
+        """What the part of `rank` has of (B, n, D), n at most `length`; no padding, and maybe nothing."""
+        return tokens[:, self.span(rank)]
+
+
+def positions(shards: Sequence[Shard], wanted: int, ranks: range) -> list[int]:
+    """Where the true tokens of one of `shards` are when the parts of `ranks` lie one behind another."""
+    width, offset = sum(shard.size for shard in shards), sum(shard.size for shard in shards[:wanted])
+    return [i * width + offset + j for i, r in enumerate(ranks) for j in range(shards[wanted].valid(r))]
+
+
+def true_positions(shards: Sequence[Shard], ranks: range, device: torch.device) -> torch.Tensor:
+    """Where the true tokens of all `shards` are, in the order they lie in."""
+    found = sorted(p for wanted in range(len(shards)) for p in positions(shards, wanted, ranks))
+    return torch.tensor(found, device=device)
+
 
 Span = tuple[int, int]  # first image token of a patch, and the one after its last
 

@@ -102,15 +102,9 @@ class Mesh:
 
     def gather(self, part: torch.Tensor, sizes: Sequence[int], dim: int) -> list[torch.Tensor]:
         """Every rank's part, of so many entries along `dim`. They are padded on the wire only."""
-        most = max(sizes)
-        part = part.transpose(0, dim)
-        if len(part) < most:
-            part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
-        part = part.contiguous()
-        every = part.new_empty(self.ranks * most, *part.shape[1:])
-        self.traffic.count(part.numel() * (self.ranks - 1), part)
-        dist.all_gather_into_tensor(every, part, group=self.group)
-        return [whole[:size].transpose(0, dim) for whole, size in zip(every.split(most), sizes, strict=True)]
+        elements = part.numel() // max(part.shape[dim], 1) * max(sizes)
+        self.traffic.count(elements * (self.ranks - 1), part)
+        return gather_parts(part, sizes, dim, self.group)
 
     def _beside(self, distance: int) -> int:
         return (self.ring_rank + distance) % self.ring
@@ -124,3 +118,15 @@ class Mesh:
             if op.op is dist.isend:
                 self.traffic.count(op.tensor.numel(), op.tensor)
         return dist.batch_isend_irecv(ops) if ops else []
+
+
+def gather_parts(part: torch.Tensor, sizes: Sequence[int], dim: int, group: Any) -> list[torch.Tensor]:
+    """Every rank's part, of so many entries along `dim`. They are padded on the wire only."""
+    most = max(sizes)
+    part = part.transpose(0, dim)
+    if len(part) < most:
+        part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
+    part = part.contiguous()
+    every = part.new_empty(len(sizes) * most, *part.shape[1:])
+    dist.all_gather_into_tensor(every, part, group=group)
+    return [whole[:size].transpose(0, dim) for whole, size in zip(every.split(most), sizes, strict=True)]

@@ -76,12 +76,14 @@ class Attend:
         key: those of its keys and values; none is those of its queries.
         linear: without softmax: the first matrix product in the module sums over tokens.
         counted: the module drops tokens itself, so ranks tell each other how many are left.
+        optional: some models of the class have no such module.
     """
 
     query: str
     key: str = ""
     linear: bool = False
     counted: bool = False
+    optional: bool = False
 
     @property
     def keys(self) -> str:

@@ -83,11 +83,11 @@ class SpreadTokens:
                 ends = region.each or (block is last and not region.at)
                 self._attach_block(region, region.blocks[name], block, first, ends)
         for pattern, attends in region.attention.items():
-            found = self._matching(pattern)
-            if not found and pattern.split(".*")[0] in lists:
+            found, attends = self._matching(pattern), attends if isinstance(attends, tuple) else (attends,)
+            if not found and pattern.split(".*")[0] in lists and not attends[0].optional:
                 raise PlanMismatch(f"this {self.name} has no {pattern}, which its plan says attends")
             for module in found:
-                self._attach_attention(module, attends if isinstance(attends, tuple) else (attends,))
+                self._attach_attention(module, attends)
         for pattern, (argument, streams) in region.whole.items():
             for module in self._matching(pattern):
                 self._attach_whole(module, argument, streams)
@@ -122,7 +122,9 @@ class SpreadTokens:
         if attends[0].linear:
             summed = FirstProductSummed(self.mesh)
             self._hooks.append(module.register_forward_pre_hook(lambda *_: summed.begin()))
-            self._hooks.append(module.register_forward_hook(lambda *_: summed.end(), always_call=True))
+            self._hooks.append(
+                module.register_forward_hook(lambda _m, _a, output: summed.end(output), always_call=True)
+            )
             return
         attention = self.exchange.module(attends)
 

@@ -171,34 +171,19 @@ class ImageAttnProcessor:
         return attn.to_out[1](attn.to_out[0](output.to(hidden_states.dtype)))
 
 
-def image_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    more_key: torch.Tensor,
-    more_value: torch.Tensor,
-) -> torch.Tensor:
-    """USP of image tokens that also attend to keys which every rank has whole.
+def block_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The attention of xfuser's registry that its runtime state chose: flash-attn, Sage, cuDNN ...
 
-    Args:
-        query, key, value: (B, heads, tokens, width) of this rank's image tokens.
-        more_key, more_value: (B, heads, more, width), the same on every rank.
-
-    Returns:
-        (B, heads, tokens, width).
+    Of (B, heads, n, width) query, key and value; returns the attention and its log-sum-exp (B, heads, n).
     """
-    from xfuser.core.distributed import get_ulysses_parallel_rank, get_ulysses_parallel_world_size
-    from xfuser.model_executor.layers.usp import USP
+    from xfuser.core.distributed import attention_backend as backends
+    from xfuser.core.distributed import get_runtime_state
 
-    rank, ranks = get_ulysses_parallel_rank(), get_ulysses_parallel_world_size()
-    more = [tensor.chunk(ranks, dim=1)[rank] for tensor in (more_key, more_value)]
-    true_keys = _selection[-1]
+    attention = backends.ATTENTION_FUNCTION_REGISTRY[get_runtime_state().attention_backend]
 
-    def select(key: torch.Tensor, value: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = true_keys(key, value, block)
-        if block > 0:  # once: a ring adds up its blocks
-            return key, value
-        return torch.cat([key, more[0]], dim=2), torch.cat([value, more[1]], dim=2)
+    def block(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention(query, key, value, dropout_p=0.0, is_causal=False)
 
-    with keys_selected(select):
-        return USP(query, key, value)
+    return block

@@ -18,6 +18,7 @@ from worker.loop import Run
 from worker.models.base import PATCH, to_whole_patches
 from worker.parallel.groups import Announcement, RankGroups
 from worker.parallel.key_value_cache import KeyValueCache, PatchTokens, brings_text, spans
+from worker.parallel.plan import Plan
 from worker.sampling.patch_sampler import PatchSampler, picture
 from worker.sampling.samplers import schedule
 from worker.transformer.batch import Batch
@@ -199,7 +200,7 @@ class PipeFusion:
         for rows, group in own.by_length():
             x = group.x.to(self._transformer.dtype)
             call = family.call(self._transformer.config, x, x.new_zeros(len(rows)), group.conditions)
-            tokens = PatchTokens(self._groups, family.layout.text_first, self._patches, call.text_tokens)
+            tokens = PatchTokens(self._groups, _text_first(family.plan), self._patches, call.text_tokens)
             found.append(RowGroup(number, [span.start + row for row in rows], call.kwargs, tokens))
         return found
 
@@ -251,6 +252,11 @@ class PipeFusion:
         self._pipeline.settle()
         for announced in self._announced:
             announced.wait()
+
+
+def _text_first(plan: Plan) -> bool:
+    joint = max((a.query.split() for a in plan.regions[0].attention.values()), key=len)
+    return joint[0] == "text"
 
 
 def _check(tokens: int, groups: RankGroups, batches: list[Conditions]) -> None:

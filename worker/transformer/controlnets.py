@@ -7,7 +7,6 @@ on the rank's own tokens already, and nothing is gathered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.checkpoints import Checkpoint, Shapes, check_complete, read_json
 from worker.models.base import PATCH, to_whole_patches
 from worker.models.controlnet import FAMILIES, ControlNetFamily
-from worker.parallel.groups import RankGroups, SequenceParallel
+from worker.parallel.groups import RankGroups, ring_kernel
+from worker.parallel.tokens import SpreadTokens
 from worker.transformer.control import Residuals
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class FittedControlNet:
             place: len(transformer.module.get_submodule(blocks))
             for place, blocks in transformer.family.control.items()
         }
-        self._tokens: SequenceParallel | None = None
+        self._tokens: SpreadTokens | None = None
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +115,8 @@ class FittedControlNet:
         self.module.to(self._groups.device).eval().requires_grad_(False)
         self._family.prepare(self.module)
         if self._groups.degrees.sequence > 1:
-            self._tokens = SequenceParallel(self._groups, self.module, self._rules.layout)
+            kernel = ring_kernel(self.module, self._groups)
+            self._tokens = SpreadTokens(self.module, self._rules.plan, self._groups.mesh, kernel)
 
     def check(self, x: torch.Tensor, applied: NetCall) -> None:
         """Raise InvalidInput for a hint, or a type, that does not fit a call for `x` (B, C, H, W)."""
@@ -158,9 +159,7 @@ class FittedControlNet:
         given = {name: conditions[name] for name in HINT_CONDITIONS if name in conditions}
         call = self._family.call(self.config, x, timestep, given)
         kwargs = self._rules.kwargs(self.module, call, self._hint(applied, x), applied.mode)
-        text = call.text_tokens + self._rules.extra_text(applied.mode)
-        with self._tokens.tokens(call.image_tokens, text) if self._tokens else nullcontext():
-            outputs = self.module(**kwargs, conditioning_scale=applied.strength, return_dict=False)
+        outputs = self.module(**kwargs, conditioning_scale=applied.strength, return_dict=False)
         return self._rules.spread(outputs, self._blocks, self.module)
 
     def whole(self, residuals: Residuals) -> Residuals:
@@ -168,7 +167,7 @@ class FittedControlNet:
         if self._tokens is None:
             return residuals
         found = {id(r): r for given in residuals.values() for r in given if r is not None}
-        gathered = {key: self._tokens.whole_image(residual) for key, residual in found.items()}
+        gathered = {key: self._tokens.whole(residual, "image") for key, residual in found.items()}
         return {
             place: [None if r is None else gathered[id(r)] for r in given]
             for place, given in residuals.items()
@@ -283,9 +282,3 @@ def _check_fit(name: str, config: dict[str, Any], model: dict[str, Any], groups:
     for key in ("num_layers", "num_single_layers"):
         if config.get(key, 0) > model.get(key, 0):
             raise refuse(f"has {{}} blocks ({key})", config[key], model.get(key, 0))
-    heads, ulysses = config["num_attention_heads"], groups.degrees.ulysses
-    if heads % ulysses:
-        raise InvalidInput(
-            f"ulysses_degree {ulysses} does not divide the {heads} attention heads of {name}; set "
-            "ulysses_degree to a divisor of them, or use ring_degree instead."
-        )

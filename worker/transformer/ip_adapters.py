@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 
@@ -17,7 +16,9 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import IPAdapterFile
 from worker.checkpoints import Checkpoint, Source
 from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
-from worker.parallel import xfuser_compat
+from worker.parallel.attention import scaled_dot_product_attention
+from worker.parallel.plan import Attend
+from worker.parallel.tokens import SpreadTokens
 from worker.transformer.batch import Pictures
 
 if TYPE_CHECKING:
@@ -114,9 +115,22 @@ class IPAdapters:
             opened.module.load_state_dict(opened.checkpoint.tensors(sources, self._dtype), assign=True)
             self._loaded[file] = opened.module.to(self._device).eval().requires_grad_(False)
 
-    def attach(self, transformer: nn.Module, spread: bool) -> None:
-        """Have the adapters act on the loaded transformer, whose tokens are `spread` over ranks or not."""
-        attention = xfuser_compat.image_attention if spread else _image_attention
+    def attach(self, transformer: nn.Module, tokens: SpreadTokens | None) -> None:
+        """Have the adapters act on the loaded transformer, whose tokens may be spread over ranks."""
+        spread = tokens and tokens.exchange.module((Attend("image", "image *"),))
+        attend = spread.attend if spread else _one_device
+
+        def attention(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            more_key: torch.Tensor,
+            more_value: torch.Tensor,
+        ) -> torch.Tensor:
+            """Image tokens, of which a rank may have its part, and more keys, which every rank has whole."""
+            keys, values = torch.cat([key, more_key], 2), torch.cat([value, more_value], 2)
+            return attend(query, keys, values, None, None, scaled_dot_product_attention)
+
         if self._family.ip_adapter is not None:
             self._family.ip_adapter.attach(transformer, self._acting, attention)
 
@@ -208,14 +222,5 @@ def _rows(embeds: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _image_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    more_key: torch.Tensor,
-    more_value: torch.Tensor,
-) -> torch.Tensor:
-    """As xfuser_compat.image_attention, where this rank has all image tokens."""
-    return F.scaled_dot_product_attention(
-        query, torch.cat([key, more_key], dim=2), torch.cat([value, more_value], dim=2)
-    )
+def _one_device(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return scaled_dot_product_attention(query, key, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint, check_complete, read_json
 from worker.models import detect
 from worker.models.base import PATCH, ModelFamily, to_whole_patches
-from worker.parallel.groups import Degrees, RankGroups, SequenceParallel, use_parallel_attention
+from worker.parallel.groups import Degrees, RankGroups, ring_kernel, use_parallel_attention
 from worker.parallel.sharding import ShardedWeights
 from worker.parallel.stages import Stage
+from worker.parallel.tokens import SpreadTokens
 from worker.patches.lora_files import LoraFiles
 from worker.patches.weights import PatchedWeights, PatchStore
 from worker.transformer.batch import LENGTHS, Batch, check_lengths
@@ -90,10 +90,14 @@ class Transformer:
             return
         self.family.prepare(self.module)
         if self._groups.degrees.sequence > 1:
-            self._tokens = SequenceParallel(self._groups, self.module, self.family.layout)
-        own = self._tokens.own_image if self._tokens else lambda tokens: tokens
+            kernel = ring_kernel(self.module, self._groups)
+            self._tokens = SpreadTokens(self.module, self.family.plan, self._groups.mesh, kernel)
+        own = self._own_image if self._tokens else lambda tokens: tokens
         self._control = ControlResiduals(self.module, self.family.control, own)
-        self.ip_adapters.attach(self.module, spread=self._tokens is not None)
+        self.ip_adapters.attach(self.module, self._tokens)
+
+    def _own_image(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._tokens.own(tokens, "image")
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written.
@@ -132,12 +136,8 @@ class Transformer:
         height, width = batch.x.shape[-2:]
         padded = to_whole_patches(batch.x.to(self.dtype))
         call = self.family.call(self.config, padded, batch.timestep, batch.conditions)
-        spread_tokens = (
-            self._tokens.tokens(call.image_tokens, call.text_tokens) if self._tokens else nullcontext()
-        )
         parts, whole = self._net_residuals(batch, padded, call.image_tokens)
         with (
-            spread_tokens,
             self._control.of([batch.control, whole], parts),
             self.ip_adapters.of(batch.pictures, batch.timestep),
         ):
@@ -214,7 +214,6 @@ class Transformer:
         call = self.family.call(self.config, to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
         width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         check_residuals(control, self.family.control, x.shape[0], call.image_tokens, width)
-        _check_ring(call.image_tokens, self._groups.degrees)
         for net in nets:
             net.net.check(x, net)
         return conditions | lengths
@@ -246,20 +245,11 @@ class Transformer:
         return config
 
 
-def _check_ring(image_tokens: int, degrees: Degrees) -> None:
-    if degrees.ring > 1 and image_tokens < degrees.sequence:
-        raise InvalidInput(
-            f"{image_tokens} image tokens are fewer than the {degrees.sequence} ranks that share them, which "
-            "a ring cannot split; draw a larger picture, or set ring_degree to 1."
-        )
-
-
 def _check_heads(family: str, heads: int, degrees: Degrees) -> None:
-    if heads % degrees.ulysses:
-        fits = [n for n in range(1, degrees.ulysses) if heads % n == 0]
+    if heads < degrees.ulysses:
         raise InvalidInput(
-            f"ulysses_degree {degrees.ulysses} does not divide the {heads} attention heads of this {family}; "
-            f"set ulysses_degree to {' or '.join(map(str, fits))}, or choose fewer devices."
+            f"ulysses_degree {degrees.ulysses} is more than the {heads} attention heads of this {family}, so "
+            f"some ranks would have none; set ulysses_degree to {heads} or less, or use ring_degree."
         )
 
 

@@ -29,7 +29,7 @@ from worker.models.base import (
 from worker.models.flux.hooks import ExactTime
 from worker.models.flux.ip_adapter import FluxIPAdapter
 from worker.models.flux.tokens import picture_ids, reference_tokens
-from worker.parallel.groups import TokenLayout
+from worker.models.plans import diffusers as plans
 
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
 
@@ -61,9 +61,7 @@ class FluxParts(StageParts):
 class Flux(ModelFamily):
     name = "flux"
     native = "double_blocks.0.img_attn.qkv.weight"
-    layout = TokenLayout(
-        text_first=True, first_block="transformer_blocks.0", last_norm="norm_out", rotary="pos_embed"
-    )
+    plan = plans.FLUX
     parts = FluxParts()
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
     guided = False

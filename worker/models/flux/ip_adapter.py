@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from worker.checkpoints import Shapes
 from worker.models.ip_adapter import Acting, ImageAttention, IPAdapter, heads_first
+from worker.parallel.attention import scaled_dot_product_attention
 
 _PROJECTION = {"proj": "projection.image_embeds", "norm": "projection.norm"}
 _PARTS = {
@@ -75,7 +75,7 @@ class FluxIPAdapter(IPAdapter):
         """What queries (B, heads, n, width) of a block get from the picture's tokens: (B, n, hidden)."""
         heads = query.shape[1]
         key, value = (heads_first(to[index](tokens), heads) for to in (self.to_k_ip, self.to_v_ip))
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 class _Block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from worker.parallel.plan import Attend, Blocks, Count, Plan, Region, Tokens
@@ -35,12 +36,19 @@ def _double_single(
     gather: str,
     returns: tuple[str | None, ...],
     names: tuple[str, ...] = (),
+    at: str = "",
 ) -> Plan:
     """Blocks that keep text and image apart, then blocks that join them, or keep them so."""
     attend = Attend(order)
     blocks = {DOUBLE: Blocks(JOINT, returns, names=names), SINGLE: single}
     attention = {f"{DOUBLE}.*.attn": attend, f"{SINGLE}.*.attn": attend}
-    return Plan((Region(blocks, attention, tables, frozenset(same.split()), gather),), patched="image")
+    region = Region(blocks, attention, tables, frozenset(same.split()), gather, at)
+    return Plan((region,), patched="image")
+
+
+def _kept_apart(plan: Plan) -> Plan:
+    """Of a ControlNet with these blocks: what they compute is wanted where it is."""
+    return Plan(tuple(replace(region, gather="", at="") for region in plan.regions))
 
 
 _CARRIED = {"hidden_states": "image", "encoder_hidden_states": "text"}
@@ -60,7 +68,7 @@ def _hunyuan(rotary: str) -> tuple[str, ...]:
 
 FLUX = _double_single(
     "text image", _ROTARY, f"temb {KWARGS}",
-    Blocks(carries=_CARRIED, returns=("text", "image")), "image", ("text", "image"),
+    Blocks(carries=_CARRIED, returns=("text", "image")), "image", ("text", "image"), at="norm_out",
 )  # fmt: skip
 FLUX2 = _double_single(
     "text image", _ROTARY, f"temb_mod_img temb_mod_txt temb_mod split_hidden_states text_seq_len {KWARGS}",
@@ -79,8 +87,8 @@ HUNYUAN_VIDEO = _double_single(
     ("image", "text"), _hunyuan("freqs_cis"),
 )  # fmt: skip
 SD3 = _plan(
-    DOUBLE, JOINT, ("text", "image"), {"attn": Attend("image text"), "attn2": Attend("image")},
-    f"temb {KWARGS}", gather="image",
+    DOUBLE, JOINT, ("text", "image"), {"attn": Attend("image text"), "attn2": Attend("image", optional=True)},
+    f"temb {KWARGS}", gather="image", at="norm_out",
 )  # fmt: skip
 WAN = _plan(
     "blocks", {"hidden_states": IMAGE}, ("image",), _SELF, "encoder_hidden_states", gather="image",
@@ -174,6 +182,8 @@ SANA = Plan(
         tables={"height": Count("image")}, units={"image": "width"}, halo=("ff.conv_depth",),
     ).regions
 )  # fmt: skip
+
+SD3_CONTROLNET, FLUX_CONTROLNET = _kept_apart(SD3), _kept_apart(FLUX)
 
 PLANS: dict[str, Plan] = {
     "CogVideoXTransformer3DModel": COGVIDEOX,

@@ -25,8 +25,8 @@ from worker.models.base import (
     swapped,
     whole,
 )
+from worker.models.plans import diffusers as plans
 from worker.models.sd3.ip_adapter import SD3IPAdapter
-from worker.parallel.groups import TokenLayout
 
 HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a q/k norm
 
@@ -53,7 +53,7 @@ class SD3Parts(StageParts):
 class SD3(ModelFamily):
     name = "sd3"
     native = "joint_blocks.0.context_block.attn.qkv.weight"
-    layout = TokenLayout(text_first=False, first_block="transformer_blocks.0", last_norm="norm_out")
+    plan = plans.SD3
     parts = SD3Parts()
     latent_format = LatentFormat(scale_factor=1.5305, shift_factor=0.0609)
     control: ClassVar = {"output": "transformer_blocks"}
