@@ -18,7 +18,8 @@ from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks import holders as life
 from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote.controlnet import open_control_net, scaled
-from comfy_xdit.remote.model import RemoteModel, RemoteVAE
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.vae import RemoteVAE
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random
 from tests.test_controlnet_ranks import plain_run

@@ -14,8 +14,10 @@ from comfy_xdit.protocol.messages import AppliedControlNet, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from comfy_xdit.remote.lora import add_lora
-from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.remote.schedulers import Sampling, sigmas_of
+from comfy_xdit.remote.text import RemoteTextEncoders
+from comfy_xdit.remote.vae import RemoteVAE
 
 PIPELINE = Path(__file__).parent.parent / "assets" / "demo" / "pipeline"
 BATCH, STEPS, CFG, SEED = 25, 20, 3.0, 1

@@ -211,7 +211,7 @@ def test_an_encoded_picture_travels_once(model, tmp_path, monkeypatch):
         return group_call(self, make, **options)
 
     monkeypatch.setattr(RemoteModel, "_call", watched)
-    monkeypatch.setattr("comfy_xdit.remote.model.REMEMBERED_BYTES", 1)
+    monkeypatch.setattr("comfy_xdit.remote.sent.REMEMBERED_BYTES", 1)
     first, second = denoised(remote, asked), denoised(remote, asked)
     assert sent == [Keep, Known]
     assert torch.equal(first, second)

@@ -15,8 +15,8 @@ from comfy_xdit.comfy_types.interruption import interrupted, interruptible
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.twin import read_header
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.remote.model import RemoteTextEncoders
 from comfy_xdit.remote.prompt import parse_weights
+from comfy_xdit.remote.text import RemoteTextEncoders
 
 Prompts = dict[str, list[list[tuple[str, float]]]]
 # The names stock nodes ask for, whether the model has such an encoder or not, and what ComfyUI

@@ -18,8 +18,9 @@ from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, ImagePrompt
 from comfy_xdit.protocol.spec import LoraFile
+from comfy_xdit.remote.base import Remote
 from comfy_xdit.remote.ip_adapter import PicturePrompt, at_sigmas, negative_rows
-from comfy_xdit.remote.model import Remote, RemoteModel
+from comfy_xdit.remote.model import RemoteModel
 
 PICTURES = "xdit_pictures"  # in transformer_options: a tuple of PicturePrompt
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works

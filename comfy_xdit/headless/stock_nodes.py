@@ -17,8 +17,10 @@ from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.remote.lora import add_lora
-from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.remote.prompt import parse_weights
+from comfy_xdit.remote.text import RemoteTextEncoders
+from comfy_xdit.remote.vae import RemoteVAE
 
 MAX_SIDE = 16384
 MAX_SEED = 0xFFFFFFFFFFFFFFFF

@@ -22,10 +22,13 @@ from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Progress, Sample
 from comfy_xdit.protocol.spec import LoraFile
 from comfy_xdit.remote import patches
+from comfy_xdit.remote.base import Remote
 from comfy_xdit.remote.controlnet import apply_control_net, control_net_of  # noqa: F401 - of the shared names
 from comfy_xdit.remote.ip_adapter import PicturePrompt, at_sigmas
-from comfy_xdit.remote.model import Remote, RemoteModel, RemoteTextEncoders, RemoteVAE
+from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.remote.schedulers import SCHEDULERS, Sampling
+from comfy_xdit.remote.text import RemoteTextEncoders
+from comfy_xdit.remote.vae import RemoteVAE
 
 SAMPLERS = conversion.SAMPLERS
 # Environment: a folder with diffusers/, diffusion_models/, loras/, vae/, controlnet/, ipadapter/

@@ -16,7 +16,7 @@ from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_de
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 
 if TYPE_CHECKING:
-    from comfy_xdit.remote.model import Remote
+    from comfy_xdit.remote.base import Remote
 
 TILES = {"none": 0, "1024 px": 1024, "512 px": 512, "256 px": 256}  # of XDiTVAEDecode
 
@@ -79,7 +79,9 @@ def load_pipeline(
     name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None
 ) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE over one diffusers folder."""
-    from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
+    from comfy_xdit.remote.model import RemoteModel
+    from comfy_xdit.remote.text import RemoteTextEncoders
+    from comfy_xdit.remote.vae import RemoteVAE
 
     here = surroundings()
     folder = here.pipeline_path(name)
@@ -113,7 +115,7 @@ def sample(model: Any, latent_image: dict[str, Any], steps: int, **inputs: Any) 
 def load_vae(name: str, parallel: ParallelConfig | Automatic | None) -> Any:
     """A VAE over one file."""
     from comfy_xdit.planning.auto import layout_beside
-    from comfy_xdit.remote.model import RemoteVAE
+    from comfy_xdit.remote.vae import RemoteVAE
 
     here = surroundings()
     spec = ModelSpec.of(here.vae_path(name), "vae")

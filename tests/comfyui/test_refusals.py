@@ -179,7 +179,7 @@ def test_a_model_that_is_no_flow_is_refused_by_the_loop_in_the_ranks(run_node, m
 def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
     from comfy_xdit.comfy_types.clip import PromptReader, TextEncoders
     from comfy_xdit.protocol.spec import ModelSpec
-    from comfy_xdit.remote.model import RemoteTextEncoders
+    from comfy_xdit.remote.text import RemoteTextEncoders
 
     with pytest.raises(InvalidInput, match=r"tokenizer options \(t5xxl_min_length\).*remove the node"):
         PromptReader().tokenize_with_weights("a", tokenizer_options={"t5xxl_min_length": 3})
