@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import comfy.model_management
 import torch
 
-from comfy_xdit.comfy_types.control import residuals
-from comfy_xdit.comfy_types.control_net import NETS
+from comfy_xdit.comfy_types.controlnet import NETS
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
+from comfy_xdit.comfy_types.residuals import residuals
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, ImagePrompt
@@ -75,9 +75,9 @@ def remote_of(thing: Any) -> Remote:
     raise InvalidInput(f"{type(thing).__name__} is neither a MODEL, a CLIP nor a VAE; connect one of them.")
 
 
-def with_file(model: RemotePatcher, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
+def with_lora(model: RemotePatcher, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
     """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
-    return model.with_file(file, weights, strength)
+    return model.with_lora(file, weights, strength)
 
 
 def with_picture(model: RemotePatcher, prompt: PicturePrompt) -> RemotePatcher:

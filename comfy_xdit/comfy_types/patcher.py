@@ -55,7 +55,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             self._described = (self.patches_uuid, describe(self.patches))
         return self._described[1]
 
-    def with_file(self, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
+    def with_lora(self, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
         """A clone with `file`, which changes `weights` (native names), after the patches there are."""
         other = self.clone()
         keys = {PREFIX + name for name in weights}

@@ -15,7 +15,7 @@ import comfy.conds
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from comfy_xdit.comfy_types.control_net import runs_in_ranks
+from comfy_xdit.comfy_types.controlnet import runs_in_ranks
 
 # A key that ComfyUI's transformers take with their other keywords, and the ranks know.
 LENGTHS = "context_lengths"

@@ -157,7 +157,7 @@ def test_a_control_that_saw_padded_prompts_is_refused():
 
 
 def test_what_is_no_model_is_refused():
-    from comfy_xdit.comfy_types import remote_of
+    from comfy_xdit.comfy_types.model import remote_of
 
     with pytest.raises(InvalidInput, match="str is neither a MODEL, a CLIP nor a VAE"):
         remote_of("model")
@@ -193,7 +193,7 @@ def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
 
 
 def test_files_that_are_no_models_are_refused(comfyui, tmp_path):
-    from comfy_xdit.comfy_types.control import _stored
+    from comfy_xdit.comfy_types.residuals import _stored
     from comfy_xdit.comfy_types.twin import read_header, transformer_files
 
     with pytest.raises(InvalidInput, match=r"no \.safetensors file in .*choose a diffusers folder"):
