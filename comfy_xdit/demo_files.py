@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comfy_xdit.ranks.environment import ROOT
+from comfy_xdit import ROOT
 
 DEMO = ROOT / "assets" / "demo"
 # By the folder of ComfyUI's models/ that one's own would lie in.

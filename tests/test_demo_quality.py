@@ -13,9 +13,10 @@ from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.messages import AppliedControlNet, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.schedulers import Sampling, sigmas_of
+from comfy_xdit.remote.schedulers import sigmas_of
 from comfy_xdit.remote.text import RemoteTextEncoders
 from comfy_xdit.remote.vae import RemoteVAE
 

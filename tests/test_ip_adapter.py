@@ -15,11 +15,11 @@ from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Forget, ImagePrompt, Keep, Known, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import IPAdapterFile, ModelSpec
 from comfy_xdit.ranks.group import worker_group
 from comfy_xdit.remote.ip_adapter import at_sigmas, negative_rows
 from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.schedulers import Sampling
 from tests import ip_adapter_files, lora_files, tiny
 from tests.ip_adapter_files import call, embeds_of, encoded, reference, write
 from tests.pipefusion_runs import request as run_request

@@ -14,8 +14,7 @@ from comfy_xdit.comfy_types.interruption import interrupted, interruptible
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.twin import read_header
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.remote.prompt import parse_weights, refuse_embeddings
-from comfy_xdit.remote.text import RemoteTextEncoders
+from comfy_xdit.remote import RemoteTextEncoders, parse_weights, refuse_embeddings
 
 Prompts = dict[str, list[list[tuple[str, float]]]]
 # The names stock nodes ask for, whether the model has such an encoder or not, and what ComfyUI

@@ -18,9 +18,7 @@ import torch
 from comfy_xdit.comfy_types.patcher import HANDLE
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet
-from comfy_xdit.remote.controlnet import Application, RemoteControlNet, check_mode, mode_of
-from comfy_xdit.remote.hints import check_picture
-from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote import Application, RemoteControlNet, RemoteModel, check_mode, check_picture, mode_of
 
 # Where the descriptions stand in a call's transformer_options: residuals of stock ControlNets go another
 # way, and may come before or after ours in a chain.

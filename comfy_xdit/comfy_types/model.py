@@ -12,15 +12,13 @@ import torch
 from comfy_xdit.comfy_types.controlnet import NETS
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
-from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
+from comfy_xdit.comfy_types.prompts import pair_prompts
 from comfy_xdit.comfy_types.residuals import residuals
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import AppliedControlNet, ImagePrompt
+from comfy_xdit.protocol.messages import LENGTHS, AppliedControlNet, ImagePrompt
 from comfy_xdit.protocol.spec import LoraFile
-from comfy_xdit.remote.base import Remote
-from comfy_xdit.remote.ip_adapter import PicturePrompt, at_sigmas, negative_rows
-from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote import PicturePrompt, Remote, RemoteModel, at_sigmas, negative_rows
 
 PICTURES = "xdit_pictures"  # in transformer_options: a tuple of PicturePrompt
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works

@@ -12,7 +12,7 @@ from comfy_xdit.comfy_types.patches import PREFIX, counts, describe
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import NO_PATCHES, PatchSet
 from comfy_xdit.protocol.spec import LoraFile
-from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote import RemoteModel
 
 HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 

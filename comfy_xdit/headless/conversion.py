@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, Sample
+from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote.controlnet import Application
-from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.schedulers import Sampling, sigmas_of
+from comfy_xdit.remote import Application, RemoteModel, sigmas_of
 
 DEFAULT_GUIDANCE = 3.5  # what ComfyUI gives Flux when no FluxGuidance node is in the graph
 FAMILIES = ("sd3", "flux")
@@ -236,7 +235,7 @@ def _only_entry(conditioning: Conditioning) -> tuple[torch.Tensor, dict[str, Any
 
 
 def _refuse_options(options: dict[str, Any]) -> None:
-    known = ("pooled_output", "guidance", "control")
+    known = ("pooled_output", "guidance")
     refused = [
         name
         for name, value in options.items()
@@ -250,6 +249,8 @@ def _refuse_options(options: dict[str, Any]) -> None:
 
 
 def _says_nothing(name: str, value: Any) -> bool:
+    if name == "control":  # ControlNets of the ranks travel beside the conditioning
+        return isinstance(value, tuple) and all(isinstance(one, Application) for one in value)
     return name in _NEUTRAL and isinstance(value, (int, float)) and value == _NEUTRAL[name]
 
 

@@ -16,11 +16,7 @@ from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.nodes.sampler import MAX_SEED, sample
-from comfy_xdit.nodes.surroundings import SamplerInputs
-from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.prompt import parse_weights, refuse_embeddings
-from comfy_xdit.remote.text import RemoteTextEncoders
-from comfy_xdit.remote.vae import RemoteVAE
+from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE, parse_weights, refuse_embeddings
 
 MAX_SIDE = 16384
 UPSCALE = ["nearest-exact", "bilinear", "area", "bicubic"]
@@ -151,7 +147,7 @@ class KSampler:
 
     def sample(self, model: RemoteModel, **inputs: Any) -> tuple[Latent]:
         """Have the ranks run the loop."""
-        return (sample(model, SamplerInputs(**inputs), HEADLESS),)
+        return (sample(HEADLESS, model, **inputs),)
 
 
 class LoraLoaderModelOnly:

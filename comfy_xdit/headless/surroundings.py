@@ -14,15 +14,20 @@ from comfy_xdit.headless import conversion, files
 from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Progress, Sample
+from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import SAMPLERS, LoraFile
-from comfy_xdit.remote import patches
-from comfy_xdit.remote.base import Remote
-from comfy_xdit.remote.controlnet import Application, RemoteControlNet
-from comfy_xdit.remote.ip_adapter import PicturePrompt, at_sigmas
-from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.schedulers import SCHEDULERS, Sampling
-from comfy_xdit.remote.text import RemoteTextEncoders
-from comfy_xdit.remote.vae import RemoteVAE
+from comfy_xdit.remote import (
+    SCHEDULERS,
+    Application,
+    PicturePrompt,
+    Remote,
+    RemoteControlNet,
+    RemoteModel,
+    RemoteTextEncoders,
+    RemoteVAE,
+    at_sigmas,
+    with_file,
+)
 
 ShowStep = Callable[[int, int], None]  # (steps done, steps)
 _show_step: ContextVar[ShowStep | None] = ContextVar("show_step", default=None)
@@ -78,7 +83,7 @@ class Headless:
         self, model: RemoteModel, file: LoraFile, weights: Iterable[str], strength: float
     ) -> RemoteModel:
         """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
-        return replace(model, patches=patches.with_file(model.patches, file, weights, strength))
+        return replace(model, patches=with_file(model.patches, file, weights, strength))
 
     def with_picture(self, model: RemoteModel, prompt: PicturePrompt) -> RemoteModel:
         """A MODEL that is prompted by one more picture."""

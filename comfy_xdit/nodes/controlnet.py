@@ -81,7 +81,7 @@ def open_controlnet(name: str, here: Surroundings) -> Any:
         InvalidInput: nothing is there, or it is no ControlNet for the ranks.
     """
     from comfy_xdit.protocol.controlnet_files import kind_at
-    from comfy_xdit.remote.controlnet import RemoteControlNet
+    from comfy_xdit.remote import RemoteControlNet
 
     path = here.path("controlnet", name)
     spec = ControlNet.of(path)
@@ -104,7 +104,7 @@ def apply_controlnet(
     Raises:
         InvalidInput: no ControlNet of the ranks, or a value that cannot be.
     """
-    from comfy_xdit.remote.controlnet import checked_application
+    from comfy_xdit.remote import checked_application
 
     net = here.remote_controlnet_of(control_net)
     application = checked_application(net, image, strength, start, end, control_type, vae)

@@ -98,7 +98,7 @@ def apply_ip_adapter(
     """
     import torch
 
-    from comfy_xdit.remote.ip_adapter import PicturePrompt
+    from comfy_xdit.remote import PicturePrompt
 
     remote = here.remote_of(model)
     if not isinstance(ip_adapter, IPAdapterFile):

@@ -9,7 +9,7 @@ from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import WEIGHT_DTYPES, ModelSpec
 
 if TYPE_CHECKING:
-    from comfy_xdit.remote.base import Remote
+    from comfy_xdit.remote import Remote
 
 PARALLEL = ("XDIT_PARALLEL", {"tooltip": "From 'xDiT Parallel Config'. Without it: all GPUs."})
 _WEIGHT_DTYPE = (list(WEIGHT_DTYPES), {"tooltip": "default: as in the file on a GPU, fp32 on CPU."})
@@ -40,9 +40,7 @@ class XDiTLoadPipeline:
         self, pipeline: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None = None
     ) -> tuple[Any, Any, Any]:
         """Start the ranks if need be, and have them load."""
-        from comfy_xdit.remote.model import RemoteModel
-        from comfy_xdit.remote.text import RemoteTextEncoders
-        from comfy_xdit.remote.vae import RemoteVAE
+        from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
 
         here = surroundings()
         folder = here.path("diffusers", pipeline)
@@ -82,7 +80,7 @@ class XDiTLoadDiffusionModel:
         self, unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None = None
     ) -> tuple[Any]:
         """Start the ranks if need be, and have them load."""
-        from comfy_xdit.remote.model import RemoteModel
+        from comfy_xdit.remote import RemoteModel
 
         here = surroundings()
         spec = ModelSpec.of(here.path("diffusion_models", unet_name), "transformer", weight_dtype)

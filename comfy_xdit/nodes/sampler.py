@@ -49,11 +49,12 @@ class XDiTSampler:
 
     def sample(self, model: Any, **inputs: Any) -> tuple[dict[str, Any]]:
         """Have the ranks run the loop."""
-        return (sample(model, SamplerInputs(**inputs), surroundings()),)
+        return (sample(surroundings(), model, **inputs),)
 
 
-def sample(model: Any, inputs: SamplerInputs, here: Surroundings) -> dict[str, Any]:
+def sample(here: Surroundings, model: Any, **widgets: Any) -> dict[str, Any]:
     """KSampler's work, with the whole loop in the ranks. Returns a LATENT."""
+    inputs = SamplerInputs(**widgets)
     remote = here.remote_of(model)
     request, finish = here.sample_request(model, inputs)
     if len(request.sigmas) < 2:  # denoise 0: nothing to do, as in KSampler

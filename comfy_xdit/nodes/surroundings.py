@@ -17,12 +17,15 @@ if TYPE_CHECKING:  # the nodes import with nothing but the standard library inst
 
     from comfy_xdit.protocol.messages import Progress, Sample
     from comfy_xdit.protocol.spec import LoraFile
-    from comfy_xdit.remote.base import Remote
-    from comfy_xdit.remote.controlnet import Application, RemoteControlNet
-    from comfy_xdit.remote.ip_adapter import PicturePrompt
-    from comfy_xdit.remote.model import RemoteModel
-    from comfy_xdit.remote.text import RemoteTextEncoders
-    from comfy_xdit.remote.vae import RemoteVAE
+    from comfy_xdit.remote import (
+        Application,
+        PicturePrompt,
+        Remote,
+        RemoteControlNet,
+        RemoteModel,
+        RemoteTextEncoders,
+        RemoteVAE,
+    )
 
 # What a person can choose, by the folder of ComfyUI's models/ that it lies in.
 KINDS = {

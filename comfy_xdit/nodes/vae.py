@@ -32,7 +32,7 @@ class XDiTLoadVAE:
     def load(self, vae_name: str, parallel: ParallelConfig | Automatic | None = None) -> tuple[Any]:
         """Start the ranks if need be, and have them load."""
         from comfy_xdit.planning.auto import layout_beside
-        from comfy_xdit.remote.vae import RemoteVAE
+        from comfy_xdit.remote import RemoteVAE
 
         here = surroundings()
         spec = ModelSpec.of(here.path("vae", vae_name), "vae")

@@ -148,7 +148,7 @@ def test_several_latents_at_once_are_refused():
 
 def test_a_control_that_saw_padded_prompts_is_refused():
     from comfy_xdit.comfy_types.model import _arguments
-    from comfy_xdit.comfy_types.prompts import LENGTHS
+    from comfy_xdit.protocol.messages import LENGTHS
 
     signature = inspect.signature(lambda x, timesteps, context=None, control=None, **kwargs: None)
     given = {"control": {"output": [random_latent()]}, LENGTHS: torch.tensor([3, 4])}
