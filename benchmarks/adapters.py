@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 
 from benchmarks.layouts import LAYOUTS
 from benchmarks.parity import multiplier
-from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.ip_adapter import apply_ip_adapter, load_ip_adapter
+from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter
-from comfy_xdit.remote.lora import add_lora
+from comfy_xdit.remote.ip_adapter import at_sigmas
 from comfy_xdit.remote.model import RemoteModel
 from tests import controlnets, ip_adapter_files, lora_files, tiny
 from tests.tiny import TinyModel
@@ -49,7 +50,7 @@ def lora(folder: Path) -> Case:
         file = folder / f"{model.family.name}.safetensors"
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
         module = lora_files.merged(model, (change, 0.8))
-        remote, _ = add_lora(base, str(file), 0.8, headless)
+        remote, _ = add_lora(base, str(file), 0.8, HEADLESS)
         return remote.denoise(*_inputs(model)), tiny.reference(model.family, module, *_inputs(model))
 
     return case
@@ -73,8 +74,8 @@ def ip_adapter(folder: Path) -> Case:
     def case(model: TinyModel, base: RemoteModel) -> tuple[torch.Tensor, torch.Tensor]:
         asked, output = _inputs(model), ip_adapter_files.encoded(model)
         file = ip_adapter_files.write(model, 1, folder / f"{model.family.name}_ip.safetensors")
-        adapter = load_ip_adapter(str(file), headless)
-        remote = apply_ip_adapter(base, adapter, output, 0.8, 0.0, 1.0, here=headless)
+        adapter = load_ip_adapter(str(file), HEADLESS)
+        remote = apply_ip_adapter(base, adapter, output, 0.8, 0.0, 1.0, here=HEADLESS)
         ours = base.denoise(*asked, image_prompts=at_sigmas(remote.pictures, lambda percent: 1.0 - percent))
         module = ip_adapter_files.reference(model, [file], [0.8])
         return ours, ip_adapter_files.call(model, module, *asked, [ip_adapter_files.embeds_of(model, output)])

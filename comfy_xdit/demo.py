@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from comfy_xdit import ROOT
 from comfy_xdit.headless.workflow import run_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
-from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.ranks.group import WorkerGroup, worker_group
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from comfy_xdit.ranks.environment import ROOT
+from comfy_xdit import ROOT
 
 DEMO = ROOT / "assets" / "demo"
 # By the folder of ComfyUI's models/ that one's own would lie in.
@@ -21,7 +21,7 @@ FILES = {
 
 def names(kind: str) -> list[str]:
     """The names of those that are there: a slim copy of the pack may lack them."""
-    return [name for name, path in FILES[kind].items() if path.exists()]
+    return [name for name, path in FILES.get(kind, {}).items() if path.exists()]
 
 
 def path_of(kind: str, name: str) -> Path | None:

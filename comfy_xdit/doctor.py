@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from comfy_xdit import ROOT
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
-from comfy_xdit.ranks.environment import ROOT
 
 REQUIREMENTS = ROOT / "requirements.txt"
 TORCH = "torch>=2.8"  # in no requirements file: a pack must never replace the torch a ComfyUI has

@@ -15,9 +15,9 @@ from comfy_xdit.protocol.messages import NO_PATCHES, Keep, Known, Patch
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote import patches as host
 from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.patches import SentPatches, patch_set
+from comfy_xdit.remote.patches import patch_set
+from comfy_xdit.remote.sent import SentPatches
 from tests import tiny
 from worker.checkpoints import Checkpoint
 from worker.patches.lora_files import LoraFiles
@@ -137,7 +137,7 @@ def test_a_patch_of_another_model_is_refused_and_leaves_no_trace(model, inputs):
 
 
 def test_memory_of_the_ranks_does_not_grow(model, inputs, monkeypatch):
-    monkeypatch.setattr(host, "KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr("comfy_xdit.remote.sent.KEPT_BYTES", 1 << 20)
     remote = RemoteModel(ModelSpec.of(model.file, "transformer"), ParallelConfig())
     key = KEYS[model.family.name][0]
     sizes = []
@@ -218,7 +218,7 @@ def test_content_travels_once_and_a_shared_tensor_once(tiny_models, monkeypatch)
     sent.reset()
     again = sent.refer(one, 1)
     assert kinds(again) == {Keep} and again.forget == (other.name,)
-    monkeypatch.setattr(host, "KEPT_BYTES", 0)
+    monkeypatch.setattr("comfy_xdit.remote.sent.KEPT_BYTES", 0)
     third = patch_set(patches(model, seed=5))
     message = sent.refer(third, 1)
     assert kinds(message) == {Keep} and message.forget == (one.name,)

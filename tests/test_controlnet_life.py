@@ -10,15 +10,18 @@ import pytest
 import torch
 
 from benchmarks.parity import PER_RUN
-from comfy_xdit.headless import surroundings as headless
-from comfy_xdit.nodes.controlnet import XDiTControlNetApply, XDiTControlNetLoader
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.headless.workflow import node_classes
+from comfy_xdit.nodes.controlnet import open_controlnet
+from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.messages import Forget, Keep, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks import holders as life
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote.controlnet import open_control_net, scaled
-from comfy_xdit.remote.model import RemoteModel, RemoteVAE
+from comfy_xdit.remote.hints import scaled
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.vae import RemoteVAE
 from tests import controlnets, tiny
 from tests.controlnets import applied, hint_for, random
 from tests.test_controlnet_ranks import plain_run
@@ -100,7 +103,7 @@ def test_a_net_that_nobody_holds_is_let_go(remote, tiny_models, nets, monkeypatc
     monkeypatch.setattr(life, "LINGER_SECONDS", 0.0)
     model = tiny_models["sd3"]
     x, timestep, given = call(model)
-    handle = open_control_net(str(nets["sd3"].file), headless)
+    handle = open_controlnet(str(nets["sd3"].file), HEADLESS)
     handle.needed_by(remote)
     net = replace(applied(nets["sd3"], hint_for(nets["sd3"], x)), net=handle.spec)
     with_net = remote.denoise(x, timestep, given, nets=(net,))
@@ -142,23 +145,25 @@ def test_a_graph_without_comfyui(tiny_models, nets):
     """Loader, apply on both sides and the sampler, against plain diffusers on the latents of the hint."""
     model, net = tiny_models["sd3"], nets["sd3"]
     remote = RemoteModel(ModelSpec.of(model.file, "transformer"), TWO)
-    vae = RemoteVAE(ModelSpec.of(headless.vae_path("demo_vae (comfy_xdit).safetensors"), "vae"), TWO)
+    vae = RemoteVAE(ModelSpec.of(HEADLESS.path("vae", "demo_vae (comfy_xdit).safetensors"), "vae"), TWO)
     picture = torch.rand(1, 48, 96, 3, generator=torch.Generator().manual_seed(1))
-    (control_net,) = XDiTControlNetLoader().load(str(net.file))
+    classes = node_classes()
+    (control_net,) = classes["XDiTControlNetLoader"]().load(str(net.file))
     sides = []
     for seed in (1, 2):
         given = tiny.conditions(model.family, model.config, 6 + seed, seed=seed)
         conditioning = [[given["context"], {"pooled_output": given["y"]}]]
-        (conditioning,) = XDiTControlNetApply().apply(
+        (conditioning,) = classes["XDiTControlNetApply"]().apply(
             conditioning=conditioning, control_net=control_net, image=picture, strength=0.7, start=0.1,
             end=0.6, vae=vae, control_type="none",
         )  # fmt: skip
         sides.append(conditioning)
 
-    request, finish = headless.sample_request(
-        remote, seed=3, steps=4, cfg=3.0, sampler_name="euler", scheduler="simple", positive=sides[0],
-        negative=sides[1], latent={"samples": torch.zeros(1, 16, 5, 9)}, denoise=1.0,
-    )  # fmt: skip
+    start = {"samples": torch.zeros(1, 16, 5, 9)}
+    inputs = SamplerInputs(
+        3, 4, 3.0, "euler", "simple", positive=sides[0], negative=sides[1], latent_image=start
+    )
+    request, finish = HEADLESS.sample_request(remote, inputs)
 
     hint = request.positive_nets[0].hint
     assert hint is request.negative_nets[0].hint

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.controlnet import apply_controlnet, open_controlnet
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote.controlnet import open_control_net
 from comfy_xdit.remote.model import RemoteModel
 from tests import controlnets, tiny
 from tests.controlnets import NETS, applied, hint_for, made, random
@@ -101,7 +101,7 @@ def test_a_header_that_is_no_controlnet_for_the_ranks(tmp_path, what):
     tensors, words = FILES[what]
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(InvalidInput, match=rf"bad\.safetensors.*{words}"):
-        open_control_net(str(tmp_path / "bad.safetensors"), headless)
+        open_controlnet(str(tmp_path / "bad.safetensors"), HEADLESS)
 
 
 @pytest.mark.parametrize("name", BYTES)
@@ -109,18 +109,18 @@ def test_a_file_that_is_no_safetensors(tmp_path, name):
     content, words = BYTES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidInput, match=words):
-        open_control_net(str(tmp_path / name), headless)
+        open_controlnet(str(tmp_path / name), HEADLESS)
 
 
 def test_truncated_missing_and_empty_folder(tmp_path, nets):
     (tmp_path / "half.safetensors").write_bytes(nets["flux"].file.read_bytes()[:9000])
     with pytest.raises(InvalidInput, match=r"half\.safetensors \(9000 bytes\) is damaged"):
-        open_control_net(str(tmp_path / "half.safetensors"), headless)
+        open_controlnet(str(tmp_path / "half.safetensors"), HEADLESS)
     with pytest.raises(InvalidInput, match=r"no ControlNet '.*gone.safetensors'; give the path"):
-        open_control_net(str(tmp_path / "gone.safetensors"), headless)
+        open_controlnet(str(tmp_path / "gone.safetensors"), HEADLESS)
     (tmp_path / "folder").mkdir()
     with pytest.raises(InvalidInput, match=r"no \.safetensors file in .*folder"):
-        open_control_net(str(tmp_path / "folder"), headless)
+        open_controlnet(str(tmp_path / "folder"), HEADLESS)
 
 
 # ---------------------------------------------------------------------- at the first call in the ranks
@@ -300,15 +300,15 @@ def test_applying(nets, what):
     change, words = APPLIED[what]
     given = {
         "conditioning": [[torch.zeros(1, 4, 64), {}]], "image": PICTURE, "strength": 1.0, "start": 0.0,
-        "end": 1.0, "vae": "any", "control_net": open_control_net(str(nets["flux"].file), headless),
+        "end": 1.0, "vae": "any", "control_net": open_controlnet(str(nets["flux"].file), HEADLESS),
     }  # fmt: skip
     with pytest.raises(InvalidInput, match=words):
-        headless.apply_control_net(**{**given, **change})
+        apply_controlnet(**{**given, **change}, here=HEADLESS)
 
 
 def test_a_control_type_beyond_the_last(nets):
-    net = open_control_net(str(nets["flux union"].file), headless)
+    net = open_controlnet(str(nets["flux union"].file), HEADLESS)
     with pytest.raises(
         InvalidInput, match=r"has the control types 0 to 2, and 4 is chosen; choose one of them"
     ):
-        headless.apply_control_net([], net, PICTURE, 1.0, 0.0, 1.0, "pose (4)", "any")
+        apply_controlnet([], net, PICTURE, 1.0, 0.0, 1.0, HEADLESS, "pose (4)", "any")

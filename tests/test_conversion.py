@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from comfy_xdit.headless import conversion
+from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 
@@ -43,10 +44,10 @@ def request(**changes):
         "scheduler": "simple",
         "positive": conditioning(),
         "negative": conditioning(),
-        "latent": latent(),
+        "latent_image": latent(),
         "denoise": 1.0,
     }
-    return conversion.build_sample(SPEC, SD3_INFO, **{**inputs, **changes})
+    return conversion.build_sample(SPEC, SD3_INFO, SamplerInputs(**{**inputs, **changes}))
 
 
 def test_conditioning_is_repeated_to_the_batch():
@@ -175,19 +176,19 @@ def test_a_mask_that_is_none_is_refused():
 
 def test_the_answer_is_scaled_back():
     given = latent()
-    message, finish = request(latent=given)
+    message, finish = request(latent_image=given)
     expected = (given["samples"] - 0.0609) * 1.5305
     assert torch.allclose(message.latent, expected)
     assert torch.allclose(finish(message.latent), given["samples"], atol=1e-6)
 
 
 def test_an_empty_latent_is_not_shifted():
-    message, _ = request(latent={"samples": torch.zeros(1, 16, 4, 4)})
+    message, _ = request(latent_image={"samples": torch.zeros(1, 16, 4, 4)})
     assert message.latent.count_nonzero() == 0
 
 
 def test_the_message_of_a_run():
-    message, _ = request(latent=latent(noise_mask=torch.ones(1, 8, 8)))
+    message, _ = request(latent_image=latent(noise_mask=torch.ones(1, 8, 8)))
     assert (message.sampler, message.cfg, message.multiplier) == ("euler", 3.0, 1000.0)
     assert message.sigmas.shape == (5,)
     assert message.positive["context"].shape[0] == message.negative["y"].shape[0] == 2
@@ -199,5 +200,7 @@ def test_at_cfg_1_there_is_no_negative_prompt():
 
 
 def test_a_sampler_that_does_not_run_in_the_ranks_is_refused():
-    with pytest.raises(InvalidInput, match="'uni_pc' is not one of euler, heun, dpmpp_2m"):
+    with pytest.raises(
+        InvalidInput, match="'uni_pc' does not run in the ranks; choose one of euler, heun, dpmpp_2m"
+    ):
         request(sampler_name="uni_pc")

@@ -9,13 +9,16 @@ import pytest
 import torch
 from check_demo_pictures import held_out_captions, score
 
-from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.messages import AppliedControlNet, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
-from comfy_xdit.remote.lora import add_lora
-from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
-from comfy_xdit.remote.schedulers import Sampling, sigmas_of
+from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote.schedulers import sigmas_of
+from comfy_xdit.remote.text import RemoteTextEncoders
+from comfy_xdit.remote.vae import RemoteVAE
 
 PIPELINE = Path(__file__).parent.parent / "assets" / "demo" / "pipeline"
 BATCH, STEPS, CFG, SEED = 25, 20, 3.0, 1
@@ -47,7 +50,7 @@ def draw(
     )  # fmt: skip
     info = model.load()
     if lora is not None:
-        model, _ = add_lora(model, lora, 1.0, headless)
+        model, _ = add_lora(model, lora, 1.0, HEADLESS)
     sampling = Sampling.of(info)
     scale = info["latent_format"]
 
@@ -59,7 +62,7 @@ def draw(
         if net is None:
             return ()
         part = torch.from_numpy(np.stack(hints[start : start + BATCH])).float() / 255
-        return (AppliedControlNet(ControlNet.of(headless.control_net_path(net)), vae.encode(part), 1.0),)
+        return (AppliedControlNet(ControlNet.of(HEADLESS.path("controlnet", net)), vae.encode(part), 1.0),)
 
     pictures = []
     for start in range(0, len(captions), BATCH):

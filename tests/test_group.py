@@ -248,7 +248,7 @@ def test_no_rank_outlives_a_killed_host(tiny_models, tmp_path, forks):
 
 
 def test_a_known_tensor_is_compared_by_content():
-    from comfy_xdit.remote.model import SentTensors
+    from comfy_xdit.remote.sent import SentTensors
 
     sent, context = SentTensors(), torch.ones(2048)
     first = sent.refer({"context": context}, 1)["context"]

@@ -9,16 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.parity import LAYOUTS, PER_CALL, PER_RUN, multiplier
-from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.ip_adapter import apply_ip_adapter, load_ip_adapter
+from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Forget, ImagePrompt, Keep, Known, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import IPAdapterFile, ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter, negative_rows
-from comfy_xdit.remote.lora import add_lora
+from comfy_xdit.remote.ip_adapter import at_sigmas, negative_rows
 from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.schedulers import Sampling
 from tests import ip_adapter_files, lora_files, tiny
 from tests.ip_adapter_files import call, embeds_of, encoded, reference, write
 from tests.pipefusion_runs import request as run_request
@@ -55,8 +56,8 @@ def inputs(model, batch: int = 2):
 
 def applied(remote, file, output, weight=1.0, **percents) -> RemoteModel:
     """The MODEL that the node gives, without ComfyUI."""
-    adapter = load_ip_adapter(str(file), headless)
-    return apply_ip_adapter(remote, adapter, output, weight, **(ALWAYS | percents), here=headless)
+    adapter = load_ip_adapter(str(file), HEADLESS)
+    return apply_ip_adapter(remote, adapter, output, weight, **(ALWAYS | percents), here=HEADLESS)
 
 
 def prompts(remote: RemoteModel) -> tuple[ImagePrompt, ...]:
@@ -138,7 +139,7 @@ def test_with_a_lora_and_controlnet_residuals(model, layout, tmp_path):
     many = {"input" if flux else "output": [residual] * (model.config["num_layers"] - (not flux))}
     expected = call(model, module, *asked, seen, (True, False), **theirs)
 
-    remote, _ = add_lora(handle(model, layout), str(tmp_path / "lora.safetensors"), 0.7, headless)
+    remote, _ = add_lora(handle(model, layout), str(tmp_path / "lora.safetensors"), 0.7, HEADLESS)
     remote = applied(remote, file, output, 0.8)
     actual = remote.denoise(*asked, control=many, image_prompts=prompts(remote), negative=(True, False))
 
@@ -211,7 +212,7 @@ def test_an_encoded_picture_travels_once(model, tmp_path, monkeypatch):
         return group_call(self, make, **options)
 
     monkeypatch.setattr(RemoteModel, "_call", watched)
-    monkeypatch.setattr("comfy_xdit.remote.model.REMEMBERED_BYTES", 1)
+    monkeypatch.setattr("comfy_xdit.remote.sent.REMEMBERED_BYTES", 1)
     first, second = denoised(remote, asked), denoised(remote, asked)
     assert sent == [Keep, Known]
     assert torch.equal(first, second)

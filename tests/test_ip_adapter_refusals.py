@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.ip_adapter import apply_ip_adapter, load_ip_adapter
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote.ip_adapter import apply_ip_adapter, at_sigmas, load_ip_adapter
+from comfy_xdit.remote.ip_adapter import at_sigmas
 from comfy_xdit.remote.model import RemoteModel
 from tests import lora_files, tiny
 from tests.ip_adapter_files import encoded, tensors_for, write
@@ -55,8 +56,8 @@ def survives(remote, model, tmp_path):
 
 
 def applied(remote, path, output, weight=1.0, start=0.0, end=1.0):
-    adapter = load_ip_adapter(str(path), headless)
-    return apply_ip_adapter(remote, adapter, output, weight, start, end, here=headless)
+    adapter = load_ip_adapter(str(path), HEADLESS)
+    return apply_ip_adapter(remote, adapter, output, weight, start, end, here=HEADLESS)
 
 
 def _file(kind: str, model, other, path):
@@ -167,11 +168,11 @@ def test_widgets(remote, survives, model, tmp_path, widgets, words):
 
 def test_what_is_no_model_and_no_adapter(remote, tmp_path):
     with pytest.raises(InvalidInput, match="str is neither a MODEL"):
-        apply_ip_adapter("model", None, None, 1.0, 0.0, 1.0, here=headless)
+        apply_ip_adapter("model", None, None, 1.0, 0.0, 1.0, here=HEADLESS)
     with pytest.raises(InvalidInput, match="ip_adapter is a str; connect"):
-        apply_ip_adapter(remote, "file", None, 1.0, 0.0, 1.0, here=headless)
+        apply_ip_adapter(remote, "file", None, 1.0, 0.0, 1.0, here=HEADLESS)
     with pytest.raises(InvalidInput, match=r"no IP-Adapter .*gone\.safetensors"):
-        load_ip_adapter(str(tmp_path / "gone.safetensors"), headless)
+        load_ip_adapter(str(tmp_path / "gone.safetensors"), HEADLESS)
 
 
 @pytest.mark.parametrize("when", ["changed", "gone"])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.lora import add_lora, words
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote.lora import add_lora, words
 from comfy_xdit.remote.model import RemoteModel
 from tests import lora_files, tiny
 from tests.lora_files import NAMINGS, merged, write
@@ -63,7 +63,7 @@ def handle(model, parallel=ONE, naming: str = "file") -> RemoteModel:
 
 def loaded(remote: RemoteModel, path, strength: float) -> RemoteModel:
     """The MODEL that the node gives, without ComfyUI."""
-    return add_lora(remote, str(path), strength, headless)[0]
+    return add_lora(remote, str(path), strength, HEADLESS)[0]
 
 
 def saved(tensors, path):
@@ -100,7 +100,7 @@ def test_every_naming(model, inputs, tmp_path, naming):
     tensors, change = write(model, NAMINGS[naming], 3)
     path = saved(tensors, tmp_path / "lora.safetensors")
     base = handle(model)
-    remote, text = add_lora(base, str(path), 0.8, headless)
+    remote, text = add_lora(base, str(path), 0.8, HEADLESS)
     assert error(remote, merged(model, (change, 0.8)), model, inputs) <= PER_CALL
     assert text == f"lora.safetensors changes {len(lora_files.TABLES[model.family.name])} weights."
 
@@ -183,7 +183,7 @@ def test_under_pipefusion_each_stage_changes_its_own_blocks(model, tmp_path):
     asked = request(model)
     plain_run = base.sample(asked)
     tensors, change = write(model, NAMINGS["diffusers"], 10)
-    remote, text = add_lora(base, str(saved(tensors, tmp_path / "lora.safetensors")), 0.8, headless)
+    remote, text = add_lora(base, str(saved(tensors, tmp_path / "lora.safetensors")), 0.8, HEADLESS)
     assert "Left out" not in text, "what one stage lacks another one has"
     expected = plain(replace(model, module=merged(model, (change, 0.8))), asked)
     assert tiny.relative_l2(remote.sample(replace(asked, patches=remote.patches)), expected) <= PER_RUN
@@ -231,7 +231,7 @@ def test_what_matches_nothing_is_named(model, tmp_path, caplog):
     tensors |= {f"lora_te1_layer_{n}.lora_up.weight": torch.zeros(2, 2) for n in range(3)}
     tensors |= {"lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2), "strange": torch.zeros(1)}
     path = saved(tensors, tmp_path / "lora.safetensors")
-    _, text = add_lora(handle(model), str(path), 1.0, headless)
+    _, text = add_lora(handle(model), str(path), 1.0, HEADLESS)
     assert text == (
         f"lora.safetensors changes {matched} weights. Left out, since they match nothing: 2 tensors "
         "(lora_unet_nowhere.lora_up.weight, strange). Left out, for text encoders: 3 tensors."

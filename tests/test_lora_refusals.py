@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import worker_group
-from comfy_xdit.remote.lora import add_lora
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from tests.lora_files import NAMINGS, write
@@ -108,7 +108,7 @@ def survives(remote, tiny_models):
 
 def refuse(remote: RemoteModel, path, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
-        add_lora(remote, str(path), 1.0, headless)
+        add_lora(remote, str(path), 1.0, HEADLESS)
 
 
 @pytest.mark.parametrize("what", TENSORS)
@@ -146,4 +146,4 @@ def test_missing_and_folder(remote, survives, tmp_path):
 
 def test_what_is_no_model():
     with pytest.raises(InvalidInput, match="str is neither a MODEL"):
-        add_lora("model", "x", 1.0, headless)
+        add_lora("model", "x", 1.0, HEADLESS)

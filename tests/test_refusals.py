@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.headless.format import api_of
 from comfy_xdit.headless.pictures import Folders, save
+from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, parse_devices
 from comfy_xdit.protocol.spec import ModelSpec
@@ -58,11 +58,11 @@ def test_specs(tmp_path: Path):
 
 def test_files_and_wires_without_comfyui(tmp_path: Path):
     with pytest.raises(InvalidInput, match=r"no diffusion model 'gone'; give the path .*XDIT_MODELS_DIR"):
-        headless.diffusion_model_path("gone")
+        HEADLESS.path("diffusion_models", "gone")
     with pytest.raises(InvalidInput, match=r"no pipeline 'gone'; give the path .*XDIT_MODELS_DIR"):
-        headless.pipeline_path("gone")
+        HEADLESS.path("diffusers", "gone")
     with pytest.raises(InvalidInput, match="str is neither a MODEL, a CLIP nor a VAE; connect"):
-        headless.remote_of("model")
+        HEADLESS.remote_of("model")
     folders = Folders(tmp_path)
     with pytest.raises(InvalidInput, match=r"images has the shape \(2, 2\).*connect an IMAGE"):
         save(torch.zeros(2, 2), "a", folders, {}, {})

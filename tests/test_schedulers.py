@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.remote.schedulers import SCHEDULERS, Sampling, sigmas_of
+from comfy_xdit.protocol.sampling import Sampling
+from comfy_xdit.remote.schedulers import SCHEDULERS, sigmas_of
 
 SD3 = Sampling("discrete_flow", 3.0, 1000.0)
 FLUX = Sampling("flux", 1.15, 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,14 +14,12 @@ from comfy_xdit.comfy_types.interruption import interrupted, interruptible
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.twin import read_header
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.remote.model import RemoteTextEncoders
-from comfy_xdit.remote.prompt import parse_weights
+from comfy_xdit.remote import RemoteTextEncoders, parse_weights, refuse_embeddings
 
 Prompts = dict[str, list[list[tuple[str, float]]]]
 # The names stock nodes ask for, whether the model has such an encoder or not, and what ComfyUI
 # calls the weights of each.
 ENCODERS = {"l": "clip_l", "g": "clip_g", "t5xxl": "t5xxl"}
-_EMBEDDING = re.compile(r"\bembedding:\S+")
 
 
 def clip_of(remote: RemoteTextEncoders) -> comfy.sd.CLIP:
@@ -64,11 +61,7 @@ class PromptReader:
                 f"tokenizer options ({', '.join(tokenizer_options)}) are not in this version of comfy_xdit; "
                 "remove the node that sets them."
             )
-        if embedding := _EMBEDDING.search(text):
-            raise InvalidInput(
-                f"{embedding.group()!r}: textual inversion embeddings are not in this version of comfy_xdit; "
-                "take it out of the prompt, or use a stock CLIP."
-            )
+        refuse_embeddings(text)
         pieces = parse_weights(text)
         if return_word_ids:
             pieces = [(*piece, number) for number, piece in enumerate(pieces, 1)]

@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 import comfy.model_management
 import torch
 
-from comfy_xdit.comfy_types.control import residuals
-from comfy_xdit.comfy_types.control_net import NETS
+from comfy_xdit.comfy_types.controlnet import NETS
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
-from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
+from comfy_xdit.comfy_types.prompts import pair_prompts
+from comfy_xdit.comfy_types.residuals import residuals
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import AppliedControlNet, ImagePrompt
+from comfy_xdit.protocol.messages import LENGTHS, AppliedControlNet, ImagePrompt
 from comfy_xdit.protocol.spec import LoraFile
-from comfy_xdit.remote.ip_adapter import PicturePrompt, at_sigmas, negative_rows
-from comfy_xdit.remote.model import Remote, RemoteModel
+from comfy_xdit.remote import PicturePrompt, Remote, RemoteModel, at_sigmas, negative_rows
 
 PICTURES = "xdit_pictures"  # in transformer_options: a tuple of PicturePrompt
 # What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
@@ -74,9 +73,9 @@ def remote_of(thing: Any) -> Remote:
     raise InvalidInput(f"{type(thing).__name__} is neither a MODEL, a CLIP nor a VAE; connect one of them.")
 
 
-def with_file(model: RemotePatcher, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
+def with_lora(model: RemotePatcher, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
     """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
-    return model.with_file(file, weights, strength)
+    return model.with_lora(file, weights, strength)
 
 
 def with_picture(model: RemotePatcher, prompt: PicturePrompt) -> RemotePatcher:

@@ -12,7 +12,7 @@ from comfy_xdit.comfy_types.patches import PREFIX, counts, describe
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import NO_PATCHES, PatchSet
 from comfy_xdit.protocol.spec import LoraFile
-from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote import RemoteModel
 
 HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 
@@ -55,7 +55,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             self._described = (self.patches_uuid, describe(self.patches))
         return self._described[1]
 
-    def with_file(self, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
+    def with_lora(self, file: LoraFile, weights: Iterable[str], strength: float) -> RemotePatcher:
         """A clone with `file`, which changes `weights` (native names), after the patches there are."""
         other = self.clone()
         keys = {PREFIX + name for name in weights}

@@ -11,7 +11,7 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Patch, PatchSet
 from comfy_xdit.protocol.spec import LoraFile
-from comfy_xdit.remote.patches import file_patch, patch_set
+from comfy_xdit.remote import file_patch, patch_set
 
 PREFIX = "diffusion_model."
 # What lies where in the `weights` of ComfyUI's adapters. Only "alpha" is no tensor.

@@ -15,10 +15,9 @@ import comfy.conds
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from comfy_xdit.comfy_types.control_net import runs_in_ranks
+from comfy_xdit.comfy_types.controlnet import runs_in_ranks
+from comfy_xdit.protocol.messages import LENGTHS
 
-# A key that ComfyUI's transformers take with their other keywords, and the ranks know.
-LENGTHS = "context_lengths"
 # Wrappers of these kinds see the padded prompts and could change or lengthen them, or judge a call by
 # what is in it (EasyCache).
 SEEING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)

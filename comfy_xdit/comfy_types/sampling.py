@@ -16,13 +16,13 @@ import comfy.utils
 import latent_preview
 import torch
 
-from comfy_xdit.comfy_types.control_net import nets_of_run, runs_in_ranks
+from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
 from comfy_xdit.comfy_types.model import pictures_of, rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, Progress, Sample
 
-SAMPLERS_IN_RANKS = ("euler", "heun", "dpmpp_2m")
 USE_KSAMPLER = "Use the stock KSampler with this MODEL for that."
 # Entries of a conditioning that change when, where or how strongly it counts.
 SPECIAL_CONDITIONS = {
@@ -51,16 +51,7 @@ def schedulers() -> list[str]:
 
 
 def sample_request(
-    model: RemotePatcher,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    scheduler: str,
-    positive: list[Any],
-    negative: list[Any],
-    latent: dict[str, Any],
-    denoise: float,
+    model: RemotePatcher, inputs: SamplerInputs
 ) -> tuple[Sample, Callable[[torch.Tensor], torch.Tensor]]:
     """KSampler's inputs as one message to the ranks.
 
@@ -72,30 +63,32 @@ def sample_request(
     """
     remote = remote_of(model)
     acting = _check_model(model)
-    if sampler_name not in SAMPLERS_IN_RANKS:
-        raise InvalidInput(
-            f"sampler {sampler_name!r} does not run in the ranks; choose one of "
-            f"{', '.join(SAMPLERS_IN_RANKS)}, or use the stock KSampler with this MODEL."
-        )
+    inputs.check()
     schedule = comfy.samplers.KSampler(
-        model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
+        model,
+        inputs.steps,
+        model.load_device,
+        inputs.sampler_name,
+        inputs.scheduler,
+        inputs.denoise,
+        model.model_options,
     )
-    samples, noise, mask = _beginning(model, latent, seed)
+    samples, noise, mask = _beginning(model, inputs.latent_image, inputs.seed)
 
     def conditions(conditioning: list[Any], name: str) -> dict[str, Any]:
-        return acting | _conditions(model, conditioning, name, noise, samples, mask, seed)
+        return acting | _conditions(model, conditioning, name, noise, samples, mask, inputs.seed)
 
-    guided = not math.isclose(cfg, 1.0)
-    positive_nets, negative_nets = _nets(model, positive, negative if guided else None, noise)
+    negative = inputs.negative if inputs.guided else None
+    positive_nets, negative_nets = _nets(model, inputs.positive, negative, noise)
     request = Sample(
         spec=remote.spec,
-        sampler=sampler_name,
+        sampler=inputs.sampler_name,
         sigmas=schedule.sigmas,
         latent=samples,
         noise=noise,
-        cfg=cfg,
-        positive=conditions(positive, "positive"),
-        negative=conditions(negative, "negative") if guided else None,
+        cfg=inputs.cfg,
+        positive=conditions(inputs.positive, "positive"),
+        negative=None if negative is None else conditions(negative, "negative"),
         multiplier=_multiplier(model),
         mask=mask,
         previews=comfy.cli_args.args.preview_method != latent_preview.LatentPreviewMethod.NoPreviews,

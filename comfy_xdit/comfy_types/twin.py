@@ -17,7 +17,7 @@ import comfy.ops
 import comfy.utils
 import torch
 
-from comfy_xdit.comfy_types.control import lend_embedders
+from comfy_xdit.comfy_types.residuals import lend_embedders
 from comfy_xdit.protocol.errors import InvalidInput
 
 META = torch.device("meta")

@@ -14,7 +14,7 @@ from comfy_xdit.comfy_types.interruption import interrupted, interruptible
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.twin import META
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.remote.model import RemoteVAE as Handle
+from comfy_xdit.remote import RemoteVAE as Handle
 
 
 class RemoteVAE(comfy.sd.VAE):

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import Sample
+from comfy_xdit.protocol.messages import AppliedControlNet, Sample
+from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.remote.controlnet import Application, Hints, nets_of
-from comfy_xdit.remote.model import RemoteModel
-from comfy_xdit.remote.schedulers import Sampling, sigmas_of
+from comfy_xdit.remote import Application, RemoteModel, sigmas_of
 
 DEFAULT_GUIDANCE = 3.5  # what ComfyUI gives Flux when no FluxGuidance node is in the graph
-SAMPLERS = ("euler", "heun", "dpmpp_2m")
 FAMILIES = ("sd3", "flux")
 REMEDY = "use the stock KSampler"
 # ComfyUI's options that say nothing at this value.
@@ -29,6 +28,7 @@ _NEUTRAL = {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
 
 Conditioning = Sequence[Sequence[Any]]
 Latent = dict[str, Any]
+Hints = dict[tuple[int, ...], torch.Tensor]  # by net, picture and VAE
 
 
 def conditions_of(conditioning: Conditioning, family: str, batch: int) -> dict[str, torch.Tensor]:
@@ -147,18 +147,7 @@ def unscaled(samples: torch.Tensor, latent_format: dict[str, float]) -> torch.Te
 
 
 def build_sample(
-    spec: ModelSpec,
-    info: dict[str, Any],
-    *,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    scheduler: str,
-    positive: Conditioning,
-    negative: Conditioning,
-    latent: Latent,
-    denoise: float = 1.0,
+    spec: ModelSpec, info: dict[str, Any], inputs: SamplerInputs
 ) -> tuple[Sample, Callable[[torch.Tensor], torch.Tensor]]:
     """KSampler's inputs as one message, and what makes its answer a latent for a socket.
 
@@ -168,44 +157,59 @@ def build_sample(
     Raises:
         InvalidInput: a value or a conditioning the ranks cannot honour.
     """
-    if sampler_name not in SAMPLERS:
-        raise InvalidInput(
-            f"sampler_name {sampler_name!r} is not one of {', '.join(SAMPLERS)}; "
-            f"choose one of them, or {REMEDY}."
-        )
-    sampling = Sampling.of(info)
+    inputs.check()
+    sampling, latent = Sampling.of(info), inputs.latent_image
     samples = samples_of(latent, info["latent_channels"])
     batch, family, latent_format = samples.shape[0], info["family"], info["latent_format"]
-    guided = not math.isclose(cfg, 1.0)  # at 1 the negative prompt has no weight, nor has it in ComfyUI
+    positive, negative = inputs.positive, inputs.negative if inputs.guided else None
     hints: Hints = {}
     request = Sample(
         spec=spec,
-        sampler=sampler_name,
-        sigmas=sigmas_of(sampling, scheduler, steps, denoise),
+        sampler=inputs.sampler_name,
+        sigmas=sigmas_of(sampling, inputs.scheduler, inputs.steps, inputs.denoise),
         latent=scaled(samples.float().cpu(), latent_format),
-        noise=noise_of(samples, seed, latent.get("batch_index")).float(),
-        cfg=float(cfg),
+        noise=noise_of(samples, inputs.seed, latent.get("batch_index")).float(),
+        cfg=float(inputs.cfg),
         positive=conditions_of(positive, family, batch),
-        negative=conditions_of(negative, family, batch) if guided else None,
+        negative=None if negative is None else conditions_of(negative, family, batch),
         multiplier=sampling.multiplier,
         mask=mask_of(latent, samples),
         positive_nets=nets_of(control_of(positive), samples, sampling, hints),
-        negative_nets=nets_of(control_of(negative), samples, sampling, hints) if guided else (),
+        negative_nets=() if negative is None else nets_of(control_of(negative), samples, sampling, hints),
     )
     return request, lambda answer: unscaled(answer, latent_format)
 
 
-def control_of(conditioning: Conditioning) -> Application | None:
-    """What XDiTControlNetApply put into a conditioning, of one entry."""
-    return _only_entry(conditioning)[1].get("control")
+def control_of(conditioning: Conditioning) -> tuple[Application, ...]:
+    """What XDiTControlNetApply put into a conditioning, of one entry, in the order it was applied."""
+    return _only_entry(conditioning)[1].get("control", ())
 
 
 def hold_nets(remote: RemoteModel, *conditionings: Conditioning) -> None:
     """Have the ranks keep the ControlNets of conditionings for as long as somebody holds them."""
-    for conditioning in conditionings:
-        control = control_of(conditioning)
-        for application in control.chain if control is not None else ():
-            application.net.needed_by(remote)
+    for application in (one for conditioning in conditionings for one in control_of(conditioning)):
+        application.net.needed_by(remote)
+
+
+def nets_of(
+    applications: tuple[Application, ...], latent: torch.Tensor, sampling: Sampling, hints: Hints
+) -> tuple[AppliedControlNet, ...]:
+    """The ControlNets of a conditioning for a loop in the ranks that draws `latent` (B, C, H, W).
+
+    Args:
+        hints: of pictures that were encoded already; filled.
+    """
+    found = []
+    for one in applications:
+        key = (id(one.net), id(one.image), id(one.vae))
+        if key not in hints:
+            encode, ratio = (one.vae.encode, one.vae.ratio) if one.vae is not None else (None, 1)
+            hint = one.net.hint(one.image, latent, encode, ratio)
+            # One for all pictures, or repeated and cut as stock does.
+            hints[key] = hint if len(hint) == 1 else _repeated(hint, latent.shape[0])
+        sigmas = sampling.sigma_at(one.start), sampling.sigma_at(one.end)
+        found.append(AppliedControlNet(one.net.spec, hints[key], float(one.strength), one.mode, sigmas))
+    return tuple(found)
 
 
 def _only_entry(conditioning: Conditioning) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -235,10 +239,7 @@ def _refuse_options(options: dict[str, Any]) -> None:
     refused = [
         name
         for name, value in options.items()
-        if name not in known
-        and value is not None
-        and not isinstance(value, Application)
-        and not _says_nothing(name, value)
+        if name not in known and value is not None and not _says_nothing(name, value)
     ]
     if refused:
         raise InvalidInput(
@@ -248,6 +249,8 @@ def _refuse_options(options: dict[str, Any]) -> None:
 
 
 def _says_nothing(name: str, value: Any) -> bool:
+    if name == "control":  # ControlNets of the ranks travel beside the conditioning
+        return isinstance(value, tuple) and all(isinstance(one, Application) for one in value)
     return name in _NEUTRAL and isinstance(value, (int, float)) and value == _NEUTRAL[name]
 
 

@@ -6,24 +6,20 @@ here know their run by the hidden input FOLDERS.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from comfy_xdit.headless import pictures
-from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.headless.pictures import Folders
-from comfy_xdit.protocol.errors import Interrupted, InvalidInput
-from comfy_xdit.remote.lora import add_lora
-from comfy_xdit.remote.model import RemoteModel, RemoteTextEncoders, RemoteVAE
-from comfy_xdit.remote.prompt import parse_weights
+from comfy_xdit.headless.surroundings import HEADLESS
+from comfy_xdit.nodes.lora import add_lora
+from comfy_xdit.nodes.sampler import MAX_SEED, sample
+from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE, parse_weights, refuse_embeddings
 
 MAX_SIDE = 16384
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
 UPSCALE = ["nearest-exact", "bilinear", "area", "bicubic"]
-_EMBEDDING = re.compile(r"\bembedding:\S+")
 
 Latent = dict[str, Any]
 
@@ -140,8 +136,8 @@ class KSampler:
                 "seed": _int(0, 0, MAX_SEED, control_after_generate=True),
                 "steps": _int(20, 1, 10000),
                 "cfg": ("FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0}),
-                "sampler_name": (headless.samplers(),),
-                "scheduler": (headless.schedulers(),),
+                "sampler_name": (HEADLESS.samplers(),),
+                "scheduler": (HEADLESS.schedulers(),),
                 "positive": ("CONDITIONING",),
                 "negative": ("CONDITIONING",),
                 "latent_image": ("LATENT",),
@@ -149,18 +145,9 @@ class KSampler:
             }
         }
 
-    def sample(self, model: RemoteModel, latent_image: Latent, steps: int, **inputs: Any) -> tuple[Latent]:
+    def sample(self, model: RemoteModel, **inputs: Any) -> tuple[Latent]:
         """Have the ranks run the loop."""
-        request, finish = headless.sample_request(model, steps=steps, latent=latent_image, **inputs)
-        if len(request.sigmas) < 2:  # denoise 0
-            return (latent_image,)
-        show = headless.progress(model, steps)
-        try:
-            answer = model.sample(request, on_progress=show, interrupted=headless.interrupted)
-        except Interrupted:
-            headless.raise_if_interrupted()
-            raise
-        return ({**latent_image, "samples": finish(answer)},)
+        return (sample(HEADLESS, model, **inputs),)
 
 
 class LoraLoaderModelOnly:
@@ -173,12 +160,16 @@ class LoraLoaderModelOnly:
         """Widgets in ComfyUI's order."""
         strength = ("FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0})
         return {
-            "required": {"model": ("MODEL",), "lora_name": (headless.loras(),), "strength_model": strength}
+            "required": {
+                "model": ("MODEL",),
+                "lora_name": (HEADLESS.names("loras"),),
+                "strength_model": strength,
+            }
         }
 
     def load_lora_model_only(self, model: RemoteModel, lora_name: str, strength_model: float) -> tuple[Any]:
         """As XDiTLoraLoader."""
-        return (add_lora(model, lora_name, strength_model, headless)[0],)
+        return (add_lora(model, lora_name, strength_model, HEADLESS)[0],)
 
 
 class VAEDecode:
@@ -193,7 +184,7 @@ class VAEDecode:
 
     def decode(self, vae: RemoteVAE, samples: Latent) -> tuple[torch.Tensor]:
         """(B, C, H, W) to (B, H*8, W*8, 3) in 0..1."""
-        pixels = headless.decode_latent(headless.remote_of(vae), samples["samples"], tile=0)
+        pixels = HEADLESS.decode_latent(HEADLESS.remote_of(vae), samples["samples"], tile=0)
         return (pixels.reshape(-1, *pixels.shape[-3:]),)
 
 
@@ -209,12 +200,12 @@ class VAEEncode:
 
     def encode(self, vae: RemoteVAE, pixels: torch.Tensor) -> tuple[Latent]:
         """(B, H, W, 3) in 0..1 to (B, C, H/8, W/8); what exceeds whole places is cut off all around."""
-        remote = headless.remote_of(vae)
-        info = remote.info or remote.load(interrupted=headless.interrupted)
+        remote = HEADLESS.remote_of(vae)
+        info = remote.info or remote.load(interrupted=HEADLESS.interrupted)
         cropped = pictures.cropped_to_multiple(pixels[..., :3], info["spatial_compression"])
         if info["temporal_compression"] is not None:
             cropped = cropped.unsqueeze(0 if info["batch_is_video"] else 1)
-        return ({"samples": remote.encode(cropped, interrupted=headless.interrupted)},)
+        return ({"samples": remote.encode(cropped, interrupted=HEADLESS.interrupted)},)
 
 
 class SetLatentNoiseMask:
@@ -336,16 +327,12 @@ def encode_prompt(clip: RemoteTextEncoders, texts: dict[str, str]) -> list[Any]:
     Raises:
         InvalidInput: `clip` is none of the pack's, or a text names an embedding file.
     """
-    remote = headless.remote_of(clip)
+    remote = HEADLESS.remote_of(clip)
     for text in texts.values():
-        if embedding := _EMBEDDING.search(text):
-            raise InvalidInput(
-                f"{embedding.group()!r}: textual inversion embeddings are not in this version; "
-                "take it out of the prompt."
-            )
-    info = remote.info or remote.load(interrupted=headless.interrupted)
+        refuse_embeddings(text)
+    info = remote.info or remote.load(interrupted=HEADLESS.interrupted)
     prompts = {name: [parse_weights(texts[name])] for name in info["encoders"] if name in texts}
-    context, pooled = remote.encode(prompts, interrupted=headless.interrupted)
+    context, pooled = remote.encode(prompts, interrupted=HEADLESS.interrupted)
     return [[context, {"pooled_output": pooled}]]
 
 

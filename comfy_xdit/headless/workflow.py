@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from comfy_xdit import ROOT
 from comfy_xdit.demo_files import DEMO
 from comfy_xdit.headless import surroundings as headless
 from comfy_xdit.headless.format import WorkflowFile, override, read_workflow
@@ -22,7 +23,6 @@ from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.headless.stock_nodes import NODE_CLASS_MAPPINGS as STOCK
 from comfy_xdit.headless.validation import Classes, Workflow, execution_order, is_link
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
-from comfy_xdit.ranks.environment import ROOT
 
 PACK_MODULE = "comfy_xdit_nodes"  # the root nodes.py; "nodes" is ComfyUI's own
 Outputs = tuple[Any, ...]

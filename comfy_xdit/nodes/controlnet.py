@@ -1,11 +1,11 @@
-"""The nodes for ControlNets that the ranks run. Imports with nothing but the standard library installed."""
+"""The nodes for ControlNets that the ranks run."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from comfy_xdit.nodes.work import apply_control_net, control_net_stamp, open_control_net, surroundings
-from comfy_xdit.protocol.spec import CONTROL_TYPES
+from comfy_xdit.nodes.surroundings import Surroundings, surroundings
+from comfy_xdit.protocol.spec import CONTROL_TYPES, ControlNet
 
 
 class XDiTControlNetLoader:
@@ -23,16 +23,16 @@ class XDiTControlNetLoader:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Widgets in ControlNetLoader's order."""
         file = {"tooltip": "Files, and diffusers folders, in models/controlnet."}
-        return {"required": {"control_net_name": (surroundings().control_nets(), file)}}
+        return {"required": {"control_net_name": (surroundings().names("controlnet"), file)}}
 
     @classmethod
     def IS_CHANGED(cls, control_net_name: str) -> tuple[int, int]:
         """Another file under the same name is another ControlNet."""
-        return control_net_stamp(control_net_name)
+        return ControlNet.of(surroundings().path("controlnet", control_net_name)).stamp
 
     def load(self, control_net_name: str) -> tuple[Any]:
         """Look at the file's header; the ranks read the weights when a MODEL samples."""
-        return (open_control_net(control_net_name),)
+        return (open_controlnet(control_net_name, surroundings()),)
 
 
 class XDiTControlNetApply:
@@ -71,4 +71,41 @@ class XDiTControlNetApply:
 
     def apply(self, **inputs: Any) -> tuple[list[Any]]:
         """The conditioning with the ControlNet behind those it has already."""
-        return (apply_control_net(**inputs),)
+        return (apply_controlnet(**inputs, here=surroundings()),)
+
+
+def open_controlnet(name: str, here: Surroundings) -> Any:
+    """The CONTROL_NET over one file or folder.
+
+    Raises:
+        InvalidInput: nothing is there, or it is no ControlNet for the ranks.
+    """
+    from comfy_xdit.protocol.controlnet_files import kind_at
+    from comfy_xdit.remote import RemoteControlNet
+
+    path = here.path("controlnet", name)
+    spec = ControlNet.of(path)
+    return here.controlnet_of(RemoteControlNet(spec, kind_at(path, spec.name)))
+
+
+def apply_controlnet(
+    conditioning: list[Any],
+    control_net: Any,
+    image: Any,
+    strength: float,
+    start: float,
+    end: float,
+    here: Surroundings,
+    control_type: str = "none",
+    vae: Any = None,
+) -> list[Any]:
+    """`conditioning` with the ControlNet behind those it has already.
+
+    Raises:
+        InvalidInput: no ControlNet of the ranks, or a value that cannot be.
+    """
+    from comfy_xdit.remote import checked_application
+
+    net = here.remote_controlnet_of(control_net)
+    application = checked_application(net, image, strength, start, end, control_type, vae)
+    return here.with_controlnet(conditioning, control_net, application) if strength != 0 else conditioning

@@ -1,10 +1,16 @@
-"""The node classes for IP-Adapters. As nodes.py, which lists them, with the standard library alone."""
+"""The nodes for IP-Adapters: a MODEL that is prompted by pictures."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from comfy_xdit.nodes.work import surroundings
+from comfy_xdit.nodes.surroundings import Surroundings, surroundings
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import IPAdapterFile
+
+# What ComfyUI's CLIP Vision Encode gives and adapters take.
+OUTPUTS = ("image_embeds", "penultimate_hidden_states")
 
 
 class XDiTIPAdapterLoader:
@@ -20,19 +26,15 @@ class XDiTIPAdapterLoader:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Widgets in their order."""
         file = {"tooltip": "Files in models/ipadapter: XLabs' for FLUX.1, InstantX' for SD3.5."}
-        return {"required": {"ipadapter_name": (surroundings().ip_adapters(), file)}}
+        return {"required": {"ipadapter_name": (surroundings().names("ipadapter"), file)}}
 
     @classmethod
     def IS_CHANGED(cls, ipadapter_name: str) -> tuple[int, int]:
         """Another file under the same name is another adapter."""
-        from comfy_xdit.remote.ip_adapter import ip_adapter_stamp
-
-        return ip_adapter_stamp(ipadapter_name, surroundings())
+        return load_ip_adapter(ipadapter_name, surroundings()).stamp
 
     def load(self, ipadapter_name: str) -> tuple[Any]:
         """Find the file."""
-        from comfy_xdit.remote.ip_adapter import load_ip_adapter
-
         return (load_ip_adapter(ipadapter_name, surroundings()),)
 
 
@@ -69,6 +71,59 @@ class XDiTIPAdapterApply:
 
     def apply(self, **inputs: Any) -> tuple[Any]:
         """Have the ranks check the file and the picture."""
-        from comfy_xdit.remote.ip_adapter import apply_ip_adapter
-
         return (apply_ip_adapter(**inputs, here=surroundings()),)
+
+
+def load_ip_adapter(name: str, here: Surroundings) -> IPAdapterFile:
+    """The file of that name; it is read when it is applied to a MODEL, which says what it has to be."""
+    return IPAdapterFile.of(here.path("ipadapter", name))
+
+
+def apply_ip_adapter(
+    model: Any,
+    ip_adapter: IPAdapterFile,
+    clip_vision_output: Any,
+    weight: float,
+    start_percent: float,
+    end_percent: float,
+    here: Surroundings,
+) -> Any:
+    """The MODEL with a picture, after those it has already. `model` stays as it is.
+
+    Args:
+        clip_vision_output: what ComfyUI's CLIP Vision Encode gives.
+
+    Raises:
+        InvalidInput: `model` is a stock one, or the file, the picture or the range does not fit.
+    """
+    import torch
+
+    from comfy_xdit.remote import PicturePrompt
+
+    remote = here.remote_of(model)
+    if not isinstance(ip_adapter, IPAdapterFile):
+        raise InvalidInput(
+            f"ip_adapter is a {type(ip_adapter).__name__}; connect the output of 'xDiT Load IP-Adapter'."
+        )
+    if not start_percent < end_percent:
+        raise InvalidInput(
+            f"start_percent {start_percent} is not before end_percent {end_percent}; make it smaller."
+        )
+    if not math.isfinite(weight):
+        raise InvalidInput(f"weight is {weight}; set a finite number.")
+    if weight == 0:  # as a LoRA at strength 0: the file is not even read
+        return model
+    found = {name: getattr(clip_vision_output, name, None) for name in OUTPUTS}
+    encoded = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    here.begin()
+    shapes = {name: tuple(tensor.shape) for name, tensor in encoded.items()}
+    with here.interruptible():
+        told = remote.check_ip_adapter(ip_adapter, shapes, interrupted=here.interrupted)
+    embeds = encoded[told["embeds"]].detach().float().cpu()
+    if not embeds.isfinite().all():
+        raise InvalidInput(
+            f"{told['embeds']} of the encoded picture holds values that are not finite (NaN or infinity); "
+            "look at the node that made it."
+        )
+    prompt = PicturePrompt(ip_adapter, embeds, float(weight), float(start_percent), float(end_percent))
+    return here.with_picture(model, prompt)

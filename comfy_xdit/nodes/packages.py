@@ -6,8 +6,8 @@ import importlib.util
 import sys
 from typing import Any
 
+from comfy_xdit import ROOT
 from comfy_xdit.protocol.errors import XDiTError
-from comfy_xdit.ranks.environment import ROOT
 
 # What is imported under which name, and what pip calls it.
 NEEDED = {

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from comfy_xdit import __version__
-from comfy_xdit.planning.auto import chosen_for
-from comfy_xdit.planning.command import short
-from comfy_xdit.planning.planner import figure
-from comfy_xdit.planning.request import DEFAULT_PIXELS
+from comfy_xdit.planning.reasons import reasons
 from comfy_xdit.protocol.messages import Status
-from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.group import WorkerGroup, running_groups
 
-CANDIDATES = 4  # of a plan that are shown
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -46,7 +40,7 @@ def _group(group: WorkerGroup) -> Iterator[str]:
         f"{layout.world_size} {plural}, {layout.describe()}, on {', '.join(layout.devices)}, "
         f"started in {group.start_seconds:.1f} s"
     )
-    yield from _plans(layout)
+    yield from reasons(layout)
     for rank in range(layout.world_size):
         answer = group.tell(Status(), ranks=(rank,))
         if answer is None:
@@ -59,24 +53,6 @@ def _group(group: WorkerGroup) -> Iterator[str]:
                 f"  last {kind}: {1000 * timing.host:.1f} ms, {1000 * timing.rank:.1f} of it in the ranks; "
                 f"{size(timing.sent)} sent, {size(timing.received)} received"
             )
-
-
-def _plans(layout: ParallelConfig) -> Iterator[str]:
-    """Why `auto` chose the layout, and what it left."""
-    chosen = chosen_for(layout)
-    if not chosen:
-        yield "  plan: chosen by hand (strategy manual)"
-    for path, choice in chosen:
-        yield f"  plan for {Path(path).name} at {DEFAULT_PIXELS} x {DEFAULT_PIXELS} (auto): {choice.plan.why}"
-        now = choice.again()
-        words = [
-            f"{short(c)} {figure(1000 * c.prediction.seconds)} ms"
-            + (f" (measured {figure(1000 * c.measured)})" if c.measured is not None else "")
-            for c in now.ranked[:CANDIDATES]
-        ]
-        yield f"    predicted per step: {'; '.join(words)}"
-        if now.pick.layout != choice.plan.pick.layout:
-            yield f"    after the next start: {short(now.pick)}, by the times measured since"
 
 
 def _rank(told: dict[str, Any]) -> Iterator[str]:

@@ -10,10 +10,10 @@ from comfy_xdit.planning import cluster, planner
 from comfy_xdit.planning.auto import description, dtype_bytes, machine
 from comfy_xdit.planning.cluster import Cluster
 from comfy_xdit.planning.measured import Measured
-from comfy_xdit.planning.planner import Candidate, Plan, figure
+from comfy_xdit.planning.planner import Candidate, Plan, figure, short
 from comfy_xdit.planning.request import FAMILIES, ModelShape, Request
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.parallel import DEGREES, available_devices
+from comfy_xdit.protocol.parallel import available_devices
 from comfy_xdit.protocol.spec import ModelSpec
 
 HEADERS = ("layout", "ranks", "predicted", "measured", "speed-up", "memory/rank", "")
@@ -105,14 +105,6 @@ def _row(candidate: Candidate, one: Candidate, pick: Candidate, steps: int) -> t
         f"{prediction.memory / GIB:.1f} GiB",
         ", ".join(remarks),
     )
-
-
-def short(candidate: Candidate) -> str:
-    """E.g. `cfg 2 x ulysses 4`."""
-    layout = candidate.layout
-    names = {n: n.removesuffix("_degree").removesuffix("_parallel") for n in DEGREES}
-    factors = [f"{names[n]} {getattr(layout, n)}" for n in DEGREES if getattr(layout, n) > 1]
-    return (" x ".join(factors) or "one rank") + (", sharded" if layout.shard_weights else "")
 
 
 def outline(devices: tuple[str, ...]) -> Iterator[str]:

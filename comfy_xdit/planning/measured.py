@@ -12,8 +12,7 @@ from typing import Any
 from comfy_xdit.planning import remembered
 from comfy_xdit.planning.cluster import Cluster
 from comfy_xdit.planning.request import Request
-from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig
-from comfy_xdit.ranks.environment import rank_threads
+from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig, rank_threads
 
 NAME = "measured.json"
 BETTER = 0.95  # a time replaces the remembered one below this share of it: few writes, no drift

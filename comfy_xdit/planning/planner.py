@@ -12,7 +12,7 @@ from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.prediction import Prediction
 from comfy_xdit.planning.request import Request
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig
 
 # Less than this is within the error of the model and of a measurement: fewer ranks are preferred.
 WORTH = 0.03
@@ -174,6 +174,14 @@ def _why(pick: Candidate, ranked: list[Candidate], cluster: Cluster) -> str:
             f"{best.expected / pick.expected:.2f} times as long"
         )
     return f"{words}."
+
+
+def short(candidate: Candidate) -> str:
+    """E.g. `cfg 2 x ulysses 4`."""
+    layout = candidate.layout
+    names = {n: n.removesuffix("_degree").removesuffix("_parallel") for n in DEGREES}
+    factors = [f"{names[n]} {getattr(layout, n)}" for n in DEGREES if getattr(layout, n) > 1]
+    return (" x ".join(factors) or "one rank") + (", sharded" if layout.shard_weights else "")
 
 
 def figure(value: float) -> str:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from comfy_xdit.planning.cluster import Cluster
 from comfy_xdit.planning.request import Request
-from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.ranks.environment import rank_threads
+from comfy_xdit.protocol.parallel import ParallelConfig, rank_threads
 
 # Blocks' worth of weights that sharding gathers: the two largest, FLUX.1's being 1.7 times the mean.
 GATHERED = 3.5

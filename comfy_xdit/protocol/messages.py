@@ -92,6 +92,8 @@ class PatchSet:
 
 
 NO_PATCHES = PatchSet()
+# Among the conditions of a call, where its rows are padded: the true lengths (B,) of their prompts.
+LENGTHS = "context_lengths"
 
 
 @dataclass(frozen=True)

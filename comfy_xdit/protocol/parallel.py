@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 
 from comfy_xdit.protocol.errors import InvalidInput
@@ -119,6 +120,11 @@ def parse_devices(text: str, available: tuple[str, ...]) -> tuple[str, ...]:
             raise InvalidInput(f"device {device} is named twice; each rank needs its own.")
         chosen.append(device)
     return tuple(chosen)
+
+
+def rank_threads(world_size: int) -> int:
+    """Threads one of `world_size` CPU ranks computes with."""
+    return int(os.environ.get("XDIT_OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world_size))
 
 
 def available_devices() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import ClassVar, TypeVar
 from comfy_xdit.protocol.errors import InvalidInput
 
 WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16")
+SAMPLERS = ("euler", "heun", "dpmpp_2m")  # ComfyUI's names of those whose loop runs in the ranks
 # The control types of FLUX.1's union ControlNets (InstantX, Shakker Labs), by their numbers.
 CONTROL_TYPES = {
     "none": None, "canny (0)": 0, "tile (1)": 1, "depth (2)": 2, "blur (3)": 3, "pose (4)": 4, "gray (5)": 5,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from comfy_xdit import ROOT
+from comfy_xdit.protocol.parallel import rank_threads
+
 PASSED_ON = frozenset(
     (
         *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP"),
@@ -65,11 +66,6 @@ def rank_environment(
         VISIBLE: _visible(devices[rank], host.get(VISIBLE)),
     }
     return environment
-
-
-def rank_threads(world_size: int) -> int:
-    """Threads one of `world_size` CPU ranks computes with."""
-    return int(os.environ.get("XDIT_OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // world_size))
 
 
 def _visible(device: str, allowed: str | None) -> str:

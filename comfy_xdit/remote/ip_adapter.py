@@ -1,4 +1,4 @@
-"""XDiTIPAdapterLoader and XDiTIPAdapterApply: a MODEL that is prompted by pictures.
+"""Pictures that prompt a MODEL through an IP-Adapter.
 
 The MODEL names the adapter's file, which the ranks read, and carries the encoded picture, a weight and
 the part of the run in which it counts. The negative prompt sees zeros instead of the picture.
@@ -7,21 +7,15 @@ docs/decisions/012-ip-adapter.md says why this is an addition to the MODEL.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 
-from comfy_xdit.protocol.errors import Interrupted, InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import ImagePrompt
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import IPAdapterFile
-
-# What ComfyUI's CLIP Vision Encode gives and adapters take.
-OUTPUTS = ("image_embeds", "penultimate_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -87,63 +81,3 @@ def refuse_stages(parallel: ParallelConfig) -> None:
             f"(pipefusion_degree {parallel.pipefusion_degree}) patches of several steps are on their way at "
             "once; set pipefusion_degree to 1, and ulysses_degree instead."
         )
-
-
-def load_ip_adapter(name: str, here: ModuleType) -> IPAdapterFile:
-    """The file of that name; it is read when it is applied to a MODEL, which says what it has to be."""
-    return IPAdapterFile.of(here.ip_adapter_path(name))
-
-
-def ip_adapter_stamp(name: str, here: ModuleType) -> tuple[int, int]:
-    """Size and modification time of the file."""
-    return load_ip_adapter(name, here).stamp
-
-
-def apply_ip_adapter(
-    model: Any,
-    ip_adapter: IPAdapterFile,
-    clip_vision_output: Any,
-    weight: float,
-    start_percent: float,
-    end_percent: float,
-    here: ModuleType,
-) -> Any:
-    """The MODEL with a picture, after those it has already. `model` stays as it is.
-
-    Args:
-        clip_vision_output: what ComfyUI's CLIP Vision Encode gives.
-        here: the surroundings, comfy_xdit.comfy_types or comfy_xdit.headless.surroundings.
-
-    Raises:
-        InvalidInput: `model` is a stock one, or the file, the picture or the range does not fit.
-    """
-    remote = here.remote_of(model)
-    if not isinstance(ip_adapter, IPAdapterFile):
-        raise InvalidInput(
-            f"ip_adapter is a {type(ip_adapter).__name__}; connect the output of 'xDiT Load IP-Adapter'."
-        )
-    if not start_percent < end_percent:
-        raise InvalidInput(
-            f"start_percent {start_percent} is not before end_percent {end_percent}; make it smaller."
-        )
-    if not math.isfinite(weight):
-        raise InvalidInput(f"weight is {weight}; set a finite number.")
-    if weight == 0:  # as a LoRA at strength 0: the file is not even read
-        return model
-    found = {name: getattr(clip_vision_output, name, None) for name in OUTPUTS}
-    encoded = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-    here.begin()
-    try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in encoded.items()}
-        told = remote.check_ip_adapter(ip_adapter, shapes, interrupted=here.interrupted)
-    except Interrupted:
-        here.raise_if_interrupted()
-        raise
-    embeds = encoded[told["embeds"]].detach().float().cpu()
-    if not embeds.isfinite().all():
-        raise InvalidInput(
-            f"{told['embeds']} of the encoded picture holds values that are not finite (NaN or infinity); "
-            "look at the node that made it."
-        )
-    prompt = PicturePrompt(ip_adapter, embeds, float(weight), float(start_percent), float(end_percent))
-    return here.with_picture(model, prompt)

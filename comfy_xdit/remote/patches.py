@@ -1,4 +1,4 @@
-"""Weight patches (LoRA and its kin) on their way to the ranks: named by content, sent once."""
+"""Sets of weight patches (LoRA and its kin), named by their content."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import NO_PATCHES, Keep, Known, Patch, PatchSet, flatten
 from comfy_xdit.protocol.spec import LoraFile
 
-# What the ranks keep of sets that are not in use, for graphs that switch between them.
-KEPT_BYTES = 2 << 30
 # A head of messages.py holds about 500 bytes per patch, and at most 4 MiB (rpc.HEAD_LIMIT).
 MAX_PATCHES = 6000
 Weights = dict[str, tuple[Patch, ...]]
@@ -35,7 +33,7 @@ def patch_set(weights: Weights) -> PatchSet:
     if not count:
         return NO_PATCHES
     named = {key: tuple(_named(patch) for patch in patches) for key, patches in weights.items() if patches}
-    recipe = {key: tuple(_by_name(patch, None) for patch in patches) for key, patches in named.items()}
+    recipe = {key: tuple(by_name(patch, None) for patch in patches) for key, patches in named.items()}
     text = json.dumps(flatten(recipe).head)
     return PatchSet(hashlib.sha256(text.encode()).hexdigest(), named)
 
@@ -52,54 +50,6 @@ def file_patch(file: LoraFile, strength: float) -> Patch:
     return Patch("file", {}, strength, file=file)
 
 
-class SentPatches:
-    """Which sets the ranks hold. They hold a tensor as long as a set that has it."""
-
-    def __init__(self) -> None:
-        self._generation = -1
-        self._held: dict[str, dict[str, int]] = {}  # set -> its tensors and their bytes
-        self._forget: list[str] = []
-        self._last = ""
-
-    def refer(self, patches: PatchSet, generation: int) -> PatchSet:
-        """`patches` without what the ranks hold, and with the names of sets they may drop.
-
-        Raises:
-            InvalidInput: a file that they would have to read now has gone or changed.
-        """
-        if generation != self._generation:  # new processes hold nothing
-            self._generation, self._held, self._forget, self._last = generation, {}, [], ""
-        if patches.name != self._last:
-            self._check_files(patches)
-        weights = None
-        if patches.name in self._held:
-            self._held[patches.name] = self._held.pop(patches.name)  # most recently used last
-        elif patches.name:
-            known = self._tensors()
-            weights = {k: tuple(_by_name(p, known) for p in v) for k, v in patches.weights.items()}
-            self._held[patches.name] = _sizes(patches)
-        while len(self._held) > 1 and sum(self._tensors().values()) > KEPT_BYTES:
-            oldest = next(iter(self._held))
-            del self._held[oldest]
-            self._forget.append(oldest)
-        forget = tuple(name for name in self._forget if name != patches.name)
-        self._forget, self._last = [], patches.name
-        return PatchSet(patches.name, weights, forget)
-
-    def reset(self) -> None:
-        """After a failed call nobody knows what arrived: send everything anew."""
-        self._forget += list(self._held)
-        self._held, self._last = {}, ""
-
-    def _check_files(self, patches: PatchSet) -> None:
-        """Asked here, before any rank has begun: one that found out alone would leave the others waiting."""
-        for file in {p.file for group in (patches.weights or {}).values() for p in group if p.file}:
-            file.check()
-
-    def _tensors(self) -> dict[str, int]:
-        return {name: size for tensors in self._held.values() for name, size in tensors.items()}
-
-
 def _named(patch: Patch) -> Patch:
     """Each tensor with a name made of its content."""
     return replace(
@@ -108,7 +58,7 @@ def _named(patch: Patch) -> Patch:
     )
 
 
-def _by_name(patch: Patch, known: dict[str, int] | None) -> Patch:
+def by_name(patch: Patch, known: dict[str, int] | None) -> Patch:
     """Tensors that are `known` by their name alone; None: all of them."""
     return replace(
         patch,
@@ -117,11 +67,6 @@ def _by_name(patch: Patch, known: dict[str, int] | None) -> Patch:
             for part, t in patch.tensors.items()
         },
     )
-
-
-def _sizes(patches: PatchSet) -> dict[str, int]:
-    kept = (t for group in patches.weights.values() for patch in group for t in patch.tensors.values())
-    return {keep.name: keep.tensor.nbytes for keep in kept}
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -10,6 +10,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 
 EMPHASIS = 1.1  # what one pair of parentheses without a number multiplies the weight by
 _PARENTHESIS = re.compile(r"\\[()]|[()]")
+_EMBEDDING = re.compile(r"\bembedding:\S+")
 _ESCAPED = re.compile(r"\\([()])")
 
 
@@ -25,6 +26,15 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     """
     pieces = [(_ESCAPED.sub(r"\1", piece), weight) for piece, weight in _pieces(text, 1.0)]
     return pieces or [("", 1.0)]
+
+
+def refuse_embeddings(text: str) -> None:
+    """Raise InvalidInput for a prompt that names a textual inversion embedding."""
+    if embedding := _EMBEDDING.search(text):
+        raise InvalidInput(
+            f"{embedding.group()!r}: textual inversion embeddings are not in this version of comfy_xdit; "
+            "take it out of the prompt, or use a stock CLIP in ComfyUI."
+        )
 
 
 def _pieces(text: str, weight: float) -> Iterator[tuple[str, float]]:

@@ -1,7 +1,5 @@
 """The pack as ComfyUI loads it: names, help pages, choices and refusals of the nodes."""
 
-import inspect
-
 import pytest
 
 from comfy_xdit.protocol.errors import InvalidInput
@@ -9,6 +7,7 @@ from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.ranks.group import worker_group
 from tests.comfyui.inputs import DEMO, empty_latent, layout, random_conditioning
+from tests.test_surroundings import lacking
 
 NODES = {
     "XDiTParallelConfig": ("XDIT_PARALLEL",),
@@ -105,13 +104,10 @@ def test_missing_file_is_named(run_node):
         run_node("XDiTLoadDiffusionModel", unet_name="none.safetensors", weight_dtype="default")
 
 
-def test_headless_offers_the_same_functions(comfyui):
-    from comfy_xdit import comfy_types
-    from comfy_xdit.headless import surroundings as headless
+def test_comfyui_offers_what_the_nodes_need(comfyui):
+    from comfy_xdit.comfy_types.surroundings import COMFYUI
 
-    for name in comfy_types.__all__:
-        inside, outside = (inspect.signature(getattr(m, name)) for m in (comfy_types, headless))
-        assert list(inside.parameters) == list(outside.parameters), name
+    assert lacking(COMFYUI) == []
 
 
 def test_stock_model_is_refused_by_name(run_node, tiny_sd3):

@@ -148,7 +148,7 @@ def test_several_latents_at_once_are_refused():
 
 def test_a_control_that_saw_padded_prompts_is_refused():
     from comfy_xdit.comfy_types.model import _arguments
-    from comfy_xdit.comfy_types.prompts import LENGTHS
+    from comfy_xdit.protocol.messages import LENGTHS
 
     signature = inspect.signature(lambda x, timesteps, context=None, control=None, **kwargs: None)
     given = {"control": {"output": [random_latent()]}, LENGTHS: torch.tensor([3, 4])}
@@ -157,7 +157,7 @@ def test_a_control_that_saw_padded_prompts_is_refused():
 
 
 def test_what_is_no_model_is_refused():
-    from comfy_xdit.comfy_types import remote_of
+    from comfy_xdit.comfy_types.model import remote_of
 
     with pytest.raises(InvalidInput, match="str is neither a MODEL, a CLIP nor a VAE"):
         remote_of("model")
@@ -179,7 +179,7 @@ def test_a_model_that_is_no_flow_is_refused_by_the_loop_in_the_ranks(run_node, m
 def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
     from comfy_xdit.comfy_types.clip import PromptReader, TextEncoders
     from comfy_xdit.protocol.spec import ModelSpec
-    from comfy_xdit.remote.model import RemoteTextEncoders
+    from comfy_xdit.remote.text import RemoteTextEncoders
 
     with pytest.raises(InvalidInput, match=r"tokenizer options \(t5xxl_min_length\).*remove the node"):
         PromptReader().tokenize_with_weights("a", tokenizer_options={"t5xxl_min_length": 3})
@@ -193,7 +193,7 @@ def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
 
 
 def test_files_that_are_no_models_are_refused(comfyui, tmp_path):
-    from comfy_xdit.comfy_types.control import _stored
+    from comfy_xdit.comfy_types.residuals import _stored
     from comfy_xdit.comfy_types.twin import read_header, transformer_files
 
     with pytest.raises(InvalidInput, match=r"no \.safetensors file in .*choose a diffusers folder"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.remote.schedulers import SCHEDULERS, Sampling, sigmas_of
+from comfy_xdit.protocol.sampling import Sampling
+from comfy_xdit.remote.schedulers import SCHEDULERS, sigmas_of
 
 MODULES = ("model_sampling", "samplers")
 FAMILIES = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.model import RemoteModel
@@ -66,8 +67,8 @@ def flux_file(comfyui, tmp_path_factory) -> Path:
 
 
 def test_flux_twin(flux_file):
-    from comfy_xdit.comfy_types import model_of
     from comfy_xdit.comfy_types.contract import twin
+    from comfy_xdit.comfy_types.model import model_of
 
     model = model_of(_remote(flux_file))
 
@@ -82,7 +83,7 @@ def test_twin_keeps_its_layers_where_comfyui_makes_them_lazily(flux_file, monkey
     """As ComfyUI with dynamic VRAM does: a stock Linear has no weight until it is loaded."""
     import comfy.ops
 
-    from comfy_xdit.comfy_types import model_of
+    from comfy_xdit.comfy_types.model import model_of
 
     stock = comfy.ops.disable_weight_init.Linear
     eager, loading = stock.__init__, stock._load_from_state_dict
@@ -103,8 +104,8 @@ def test_diffusers_folder_in_shards_has_the_same_twin(flux_file, tmp_path):
     from accelerate import init_empty_weights
     from diffusers import FluxTransformer2DModel
 
-    from comfy_xdit.comfy_types import model_of
     from comfy_xdit.comfy_types.contract import twin
+    from comfy_xdit.comfy_types.model import model_of
 
     with init_empty_weights():
         tensors = FluxTransformer2DModel(guidance_embeds=True).state_dict()
@@ -121,14 +122,14 @@ def test_diffusers_folder_in_shards_has_the_same_twin(flux_file, tmp_path):
 
 
 def test_flux_request_carries_guidance_and_sigma_as_timestep(flux_file):
-    from comfy_xdit.comfy_types import model_of, sample_request
+    from comfy_xdit.comfy_types.model import model_of
+    from comfy_xdit.comfy_types.sampling import sample_request
 
     model = model_of(_remote(flux_file))
     conditioning = [[torch.zeros(1, 256, 4096), {"pooled_output": torch.zeros(1, 768), "guidance": 2.0}]]
 
-    request, finish = sample_request(
-        model, 1, 4, 1.0, "euler", "simple", conditioning, conditioning, empty_latent(2, 8, 8), 1.0
-    )
+    inputs = SamplerInputs(1, 4, 1.0, "euler", "simple", conditioning, conditioning, empty_latent(2, 8, 8))
+    request, finish = sample_request(model, inputs)
 
     assert {name: tuple(value.shape) for name, value in request.positive.items()} == {
         "context": (2, 256, 4096),
@@ -144,7 +145,7 @@ def test_flux_request_carries_guidance_and_sigma_as_timestep(flux_file):
 
 
 def test_unknown_family_is_named(comfyui, tmp_path):
-    from comfy_xdit.comfy_types import model_of
+    from comfy_xdit.comfy_types.model import model_of
 
     file = _write_header(tmp_path / "strange.safetensors", {"strange.weight": torch.empty(3, 3)})
     with pytest.raises(

@@ -107,7 +107,8 @@ def sampled(run_node, model, sides, node="KSampler", batch: int = 1, **settings)
 def calls(monkeypatch) -> list[SimpleNamespace]:
     """Every call of a transformer in the ranks: rows, nets, and hints that travelled."""
     from comfy_xdit.protocol.messages import Keep
-    from comfy_xdit.remote.model import RemoteModel, SentTensors
+    from comfy_xdit.remote.model import RemoteModel
+    from comfy_xdit.remote.sent import SentTensors
 
     seen: list[SimpleNamespace] = []
     denoise, refer = RemoteModel.denoise, SentTensors.refer

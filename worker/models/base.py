@@ -11,20 +11,12 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.sampling import Sampling
 from worker.checkpoints import Shapes, Source
 from worker.models.ip_adapter import IPAdapter
 from worker.parallel.plan import Plan
 
 PATCH = 2  # latent pixels per side of a token, of every family here
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How ComfyUI samples this family: `kind` is "discrete_flow" or "flux"."""
-
-    kind: str
-    shift: float
-    multiplier: float
 
 
 @dataclass(frozen=True)

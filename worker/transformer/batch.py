@@ -10,12 +10,11 @@ import torch
 from torch.nn.functional import pad
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import ImagePrompt
+from comfy_xdit.protocol.messages import LENGTHS, ImagePrompt
 
 if TYPE_CHECKING:
     from worker.transformer.controlnets import NetCall
 
-LENGTHS = "context_lengths"
 Rows = slice | list[int]
 
 

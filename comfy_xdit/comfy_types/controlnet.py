@@ -18,15 +18,7 @@ import torch
 from comfy_xdit.comfy_types.patcher import HANDLE
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet
-from comfy_xdit.remote.controlnet import (
-    RemoteControlNet,
-    check_mode,
-    check_picture,
-    checked_application,
-    hint_of,
-    mode_of,
-)
-from comfy_xdit.remote.model import RemoteModel
+from comfy_xdit.remote import Application, RemoteControlNet, RemoteModel, check_mode, check_picture, mode_of
 
 # Where the descriptions stand in a call's transformer_options: residuals of stock ControlNets go another
 # way, and may come before or after ours in a chain.
@@ -148,61 +140,57 @@ class RemoteControl(comfy.controlnet.ControlBase):
     def _encoded(self, x: torch.Tensor) -> torch.Tensor:
         image = self.cond_hint_original.movedim(1, -1)
         if self.net.kind.takes == "pixels":
-            return hint_of(self.net, image, x, None, 1)
+            return self.net.hint(image, x)
         management = comfy.model_management
         # Encoding may push a stock ControlNet off the GPU that takes part in this run.
         loaded = management.loaded_models(only_currently_used=True)
-        hint = hint_of(self.net, image, x, self.vae.encode, self.vae.spacial_compression_encode())
+        hint = self.net.hint(image, x, self.vae.encode, self.vae.spacial_compression_encode())
         management.load_models_gpu(loaded)
         return hint
 
 
-def control_net_of(net: RemoteControlNet) -> RemoteControl:
-    """CONTROL_NET."""
-    return RemoteControl(net)
-
-
-# Applied to two conditionings alike it is one object: ComfyUI puts only such into one batch.
-_applied: WeakValueDictionary[tuple[Any, ...], RemoteControl] = WeakValueDictionary()
-
-
-def apply_control_net(
-    conditioning: list[Any],
-    control_net: Any,
-    image: torch.Tensor,
-    strength: float,
-    start: float,
-    end: float,
-    control_type: str = "none",
-    vae: Any = None,
-) -> list[Any]:
-    """XDiTControlNetApply's work: `conditioning` with the ControlNet behind those it has already.
+def remote_controlnet_of(control_net: Any) -> RemoteControlNet:
+    """The handle behind a CONTROL_NET.
 
     Raises:
-        InvalidInput: a stock ControlNet, or a value that cannot be.
+        InvalidInput: it is a stock one.
     """
     if not isinstance(control_net, RemoteControl):
         raise InvalidInput(
             f"{type(control_net).__name__} is no ControlNet of the ranks; load it with 'xDiT ControlNet "
             "Loader', or apply it with the stock node 'Apply ControlNet'."
         )
-    mode = checked_application(control_net.net, image, strength, start, end, control_type, vae)
-    if strength == 0:
-        return conditioning
+    return control_net.net
+
+
+# Applied to two conditionings alike it is one object: ComfyUI puts only such into one batch.
+_applied: WeakValueDictionary[tuple[Any, ...], RemoteControl] = WeakValueDictionary()
+
+
+def with_controlnet(
+    conditioning: list[Any], control_net: RemoteControl, application: Application
+) -> list[Any]:
+    """A CONDITIONING with a CONTROL_NET behind those it has already."""
     applied = []
     for context, options in conditioning:
-        before = options.get("control")
-        key = (*map(id, (control_net.net, image, vae, before)), strength, start, end, mode)
-        control = _applied.get(key)
-        if control is None:
-            control = control_net.copy().set_cond_hint(image.movedim(-1, 1), strength, (start, end), vae=vae)
-            control.set_previous_controlnet(before)
-            control.image = image  # that no other tensor gets its id
-            if mode is not None:
-                control.set_extra_arg("control_type", [mode])
-            _applied[key] = control
+        control = _control(control_net, application, options.get("control"))
         applied.append([context, {**options, "control": control, "control_apply_to_uncond": False}])
     return applied
+
+
+def _control(control_net: RemoteControl, new: Application, before: Any) -> RemoteControl:
+    """`control_net` as it is applied, after the ControlNet `before`."""
+    key = (*map(id, (new.net, new.image, new.vae, before)), new.strength, new.start, new.end, new.mode)
+    control = _applied.get(key)
+    if control is None:
+        picture = new.image.movedim(-1, 1)
+        control = control_net.copy().set_cond_hint(picture, new.strength, (new.start, new.end), vae=new.vae)
+        control.set_previous_controlnet(before)
+        control.image = new.image  # that no other tensor gets its id
+        if new.mode is not None:
+            control.set_extra_arg("control_type", [new.mode])
+        _applied[key] = control
+    return control
 
 
 def runs_in_ranks(control: Any) -> bool:

@@ -1,0 +1,36 @@
+"""What is around the nodes inside ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_xdit.comfy_types import beginning, clip, controlnet, files, interruption, model, sampling, vae
+
+
+class ComfyUI:
+    """Implements comfy_xdit.nodes.surroundings.Surroundings."""
+
+    begin = staticmethod(beginning.begin)
+    self_check = staticmethod(beginning.self_check)
+
+    names = staticmethod(files.names)
+    path = staticmethod(files.path)
+
+    model_of = staticmethod(model.model_of)
+    clip_of = staticmethod(clip.clip_of)
+    vae_of = staticmethod(vae.vae_of)
+    controlnet_of = staticmethod(controlnet.RemoteControl)
+    remote_of = staticmethod(model.remote_of)
+    remote_controlnet_of = staticmethod(controlnet.remote_controlnet_of)
+    with_lora = staticmethod(model.with_lora)
+    with_picture = staticmethod(model.with_picture)
+    with_controlnet = staticmethod(controlnet.with_controlnet)
+    decode_latent = staticmethod(vae.decode_latent)
+
+    samplers = staticmethod(sampling.samplers)
+    schedulers = staticmethod(sampling.schedulers)
+    sample_request = staticmethod(sampling.sample_request)
+    progress = staticmethod(sampling.progress)
+    interrupted = staticmethod(interruption.interrupted)
+    interruptible = staticmethod(interruption.interruptible)
+
+
+COMFYUI = ComfyUI()
