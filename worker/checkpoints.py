@@ -108,6 +108,14 @@ class Checkpoint:
                 file, key = self._place[part.source.key]
                 yield name, _read_part(opened[file], key, part).to(dtype)
 
+    def not_finite(self, keys: Iterable[str], dtype: torch.dtype) -> str | None:
+        """The first of these tensors that holds a NaN or an infinity as `dtype`; reads them whole.
+
+        For when something was found: it takes as long as loading.
+        """
+        wanted = {key: Source(key) for key in dict.fromkeys(keys) if self.dtypes[key] in FLOATS}
+        return next((key for key, t in self.stream(wanted, dtype) if not torch.isfinite(t).all()), None)
+
     @contextmanager
     def _opened(self) -> Iterator[dict[Path, safe_open]]:
         for file, stamp in self._stamps.items():
@@ -177,6 +185,25 @@ def check_dtype(checkpoint: Checkpoint, key: str, path: str) -> None:
             f"{path}: {key} holds {dtype} numbers, which are no weights (those are {', '.join(FLOATS)}); the "
             "file is damaged or quantised: choose its fp16, bf16 or plain fp8 version."
         )
+
+
+def not_finite(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, path: str) -> InvalidInput:
+    """What to say of a model that computed values which are not finite: whose fault it is."""
+    key = checkpoint.not_finite(keys, dtype)
+    if key is None:
+        return InvalidInput(
+            f"{path} computed values that are not finite (NaN or infinity), and its weights are finite in "
+            f"{_name(dtype)}: look at what it was given (prompt, LoRA, ControlNet, picture), or set "
+            "weight_dtype to fp32."
+        )
+    return InvalidInput(
+        f"{path}: {key} holds values that are not finite in {_name(dtype)} (NaN or infinity); the file is "
+        "damaged or needs another weight_dtype: download it again, or set weight_dtype to fp32."
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -49,11 +49,22 @@ def open_regular(file: Path, what: str) -> Iterator[tuple[BinaryIO, int]]:
             raise InvalidInput(f"{_shown(file)} cannot be read: {error.strerror}; check its disk.") from error
 
 
-def check_kind(file: Path, status: os.stat_result, what: str) -> None:
-    """Raise InvalidInput unless it is a regular file; `what` it should be."""
-    if not stat.S_ISREG(status.st_mode):
-        kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "no file")
-        raise InvalidInput(f"{_shown(file)} is {kind}; choose {what}.")
+def check_kind(file: Path, status: os.stat_result, what: str, folders: bool = False) -> None:
+    """Raise InvalidInput unless it is a regular file, or with `folders` a folder; `what` it should be."""
+    if stat.S_ISREG(status.st_mode) or (folders and stat.S_ISDIR(status.st_mode)):
+        return
+    kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "no file")
+    raise InvalidInput(f"{_shown(file)} is {kind}; choose {what}.")
+
+
+def check_there(path: Path, what: str) -> None:
+    """Raise InvalidInput unless there is a regular file or a folder at `path`; `what` it should be."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidInput(f"no file or folder at {_shown(path)} ({why}); choose {what}.") from error
+    check_kind(path, status, what, folders=True)
 
 
 def _shown(file: Path) -> str:
