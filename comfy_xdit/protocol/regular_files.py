@@ -61,9 +61,11 @@ def check_there(path: Path, what: str) -> None:
     """Raise InvalidInput unless there is a regular file or a folder at `path`; `what` it should be."""
     try:
         status = path.stat()
+    except FileNotFoundError as error:
+        raise InvalidInput(f"no file or folder at {_shown(path)}; choose {what}.") from error
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidInput(f"no file or folder at {_shown(path)} ({why}); choose {what}.") from error
+        raise InvalidInput(f"{_shown(path)} cannot be read: {why}; choose {what}.") from error
     check_kind(path, status, what, folders=True)
 
 

@@ -21,6 +21,7 @@ MAX_NAME = 1_000  # characters
 MAX_DIMS = 16
 MAX_DIGITS = 19  # of an integer: 64 bits
 MAX_INTEGERS = 10 * MAX_TENSORS  # sizes and places
+MAX_LISTS = 20 * MAX_TENSORS  # two of each tensor, and brackets in what trainers note in __metadata__
 MAX_EMPTY = 1 << 24  # product of the other sizes of a tensor that has no element: no file bounds it
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Bits of an element by dtype, all that safetensors 0.8 knows.
@@ -97,6 +98,8 @@ def _entries(text: bytes) -> dict[str, Any]:
     """The header's JSON, without what it says about the file as a whole."""
     if not text.startswith(b"{"):
         raise ValueError("its header is no JSON object")
+    if text.count(b"[") > MAX_LISTS:
+        raise ValueError(f"its header has more than {MAX_LISTS:,} lists, the most that are read")
     limits = _Limits()
     try:
         header = json.loads(
@@ -138,6 +141,8 @@ class _Limits:
             raise ValueError(f"its header has more than {MAX_INTEGERS:,} numbers, the most that are read")
         if len(digits) > MAX_DIGITS:
             raise ValueError(f"its header has a number of {len(digits)} digits")
+        if not digits.isdigit():
+            raise ValueError(f"its header has the number {digits}")
         return int(digits)
 
 
