@@ -5,13 +5,17 @@ COMFYUI_VENV := .venv-comfyui/$(notdir $(abspath $(COMFYUI_DIR)))
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-comfyui bench parity simulate lint clean
+.PHONY: demo test fuzz test-comfyui bench parity simulate lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m comfy_xdit demo
 
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest
+
+# Mutated safetensors headers through every reader; minutes per 10,000.
+fuzz: $(VENV)/.ready
+	XDIT_FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) $(BIN)/python -m pytest tests/test_fuzz_headers.py --timeout 0
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from comfy_xdit import ROOT
+from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.headless.workflow import run_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
@@ -40,6 +41,7 @@ def run(prompt: str = PROMPT, output: Path = Path("output"), seed: int = 1) -> N
     """
     if not WORKFLOW.is_file():
         raise InvalidInput(f"{WORKFLOW} is not there: the demo runs from a checkout of comfy_xdit.")
+    Folders(output).check_writable()  # before the ranks start, not after
     devices = _two_devices()
     print(f"prompt: {prompt}")
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +54,6 @@ def run(prompt: str = PROMPT, output: Path = Path("output"), seed: int = 1) -> N
     print(
         f"two ranks against one: latent differs by {difference:.1e} (relative L2), pixels by at most {levels}"
     )
-    output.mkdir(parents=True, exist_ok=True)
     _enlarged(two.pixels).save(output / "demo.png")
     _enlarged(np.concatenate([two.pixels, one.pixels], axis=1)).save(output / "demo_compare.png")
     print(f"wrote {output / 'demo.png'} and {output / 'demo_compare.png'} (left: two ranks, right: one)")

@@ -8,14 +8,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.regular_files import open_regular
+from comfy_xdit.protocol.safetensors_header import PICKLES, how_to_convert, read_header
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+MAX_JSON_BYTES = 16 << 20  # of a configuration; published ones have some kilobytes
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be stored as
 QUANTISED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,11 +52,11 @@ class Checkpoint:
     def __init__(self, files: Iterable[Path]):
         self._files = list(files)
         self._place: dict[str, tuple[Path, str]] = {}
-        self._stamps = {file: _stamp(file) for file in self._files}
+        self._stamps: dict[Path, tuple[int, int]] = {}
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
         for file in self._files:
-            self._read_header(file)
+            self._add(file)
         marks = [k for k in self._place if k.endswith(QUANTISED)]
         if marks:
             raise InvalidInput(
@@ -65,14 +69,14 @@ class Checkpoint:
         """The checkpoint at a file, or in a diffusers model folder.
 
         Raises:
-            InvalidInput: nothing there, a pickle file, or a damaged file.
+            InvalidInput: nothing there, a pickle file, a damaged file, or two with the same tensor.
         """
-        if path.is_file():
+        if not path.is_dir():
             return cls([path])
         files = sorted(path.glob("*.safetensors"))
         if not files:
             pickles = [f.name for f in path.glob("*") if f.suffix in PICKLES]
-            hint = f"; it holds {pickles[0]}: {_how_to_convert()}" if pickles else ""
+            hint = f"; it holds {pickles[0]}: {how_to_convert()}" if pickles else ""
             raise InvalidInput(f"no .safetensors file in {path}{hint}")
         plain = [f for f in files if ".fp16." not in f.name and ".bf16." not in f.name]
         return cls(plain or files)
@@ -104,6 +108,14 @@ class Checkpoint:
                 file, key = self._place[part.source.key]
                 yield name, _read_part(opened[file], key, part).to(dtype)
 
+    def not_finite(self, keys: Iterable[str], dtype: torch.dtype) -> str | None:
+        """The first of these tensors that holds a NaN or an infinity as `dtype`; reads them whole.
+
+        For when something was found: it takes as long as loading.
+        """
+        wanted = {key: Source(key) for key in dict.fromkeys(keys) if self.dtypes[key] in FLOATS}
+        return next((key for key, t in self.stream(wanted, dtype) if not torch.isfinite(t).all()), None)
+
     @contextmanager
     def _opened(self) -> Iterator[dict[Path, safe_open]]:
         for file, stamp in self._stamps.items():
@@ -112,7 +124,13 @@ class Checkpoint:
                     f"{file} was changed or removed after it was loaded; run the loader node again."
                 )
         with ExitStack() as stack:
-            yield {file: stack.enter_context(safe_open(file, framework="pt")) for file in self._files}
+            opened = {}
+            for file in self._files:
+                try:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                except (SafetensorError, OSError) as error:
+                    raise InvalidInput(f"{file} cannot be read: {error}; download it again.") from error
+            yield opened
 
     def common_dtype(self) -> torch.dtype:
         """The dtype most tensors have."""
@@ -121,29 +139,27 @@ class Checkpoint:
             counts[name] = counts.get(name, 0) + 1
         return _DTYPES.get(max(counts, key=counts.get), torch.float32)
 
-    def _read_header(self, file: Path) -> None:
-        if file.suffix in PICKLES:
-            raise InvalidInput(f"{file.name} is a pickle file, which can run code; {_how_to_convert()}")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - not a dict
-                    name = _without_prefix(key)
-                    part = opened.get_slice(key)
-                    self._place[name] = (file, key)
-                    self.shapes[name] = tuple(part.get_shape())
-                    self.dtypes[name] = part.get_dtype()
-        except SafetensorError as error:
-            size = file.stat().st_size
-            raise InvalidInput(
-                f"{file.name} ({size} bytes) is damaged or not a safetensors file: {error}; "
-                "download it again."
-            ) from error
+    def _add(self, file: Path) -> None:
+        """Read a file's header. Whether the file is changed later, `_opened` asks."""
+        stored = read_header(file)  # which finds out first whether it is a file
+        self._stamps[file] = _stamp(file)
+        for key, tensor in stored.items():
+            name = _without_prefix(key)
+            if name in self._place:
+                other, twin = self._place[name]
+                where = f"as {twin} and as {key}" if other == file else f"in {other.name} and in {file.name}"
+                raise InvalidInput(
+                    f"{file.parent if other != file else file.name} has the tensor {name} twice, {where}; "
+                    "remove the one that does not belong to the model."
+                )
+            self._place[name] = (file, key)
+            self.shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
 
 
 def check_complete(
     module: torch.nn.Module, mapping: dict[str, Source], checkpoint: Checkpoint, path: str
 ) -> None:
-    """Raise InvalidInput unless every tensor of `module` is in the file, in the right shape."""
+    """Raise InvalidInput unless every tensor of `module` is in the file: numbers, in the right shape."""
     for name, wanted in module.state_dict().items():
         source = mapping.get(name)
         if source is None or source.key not in checkpoint.shapes:
@@ -152,22 +168,62 @@ def check_complete(
             )
         shape = checkpoint.shapes[source.key]
         if source.start is not None:
-            shape = (max(0, min(source.stop, shape[0]) - source.start), *shape[1:])
+            shape = (max(0, min(source.stop, shape[0]) - source.start), *shape[1:]) if shape else shape
         if tuple(wanted.shape) != shape:
             raise InvalidInput(
                 f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
                 "damaged or of a variant this version does not know."
             )
+        check_dtype(checkpoint, source.key, path)
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object from disk. Raises InvalidInput when it is missing or damaged."""
+def check_dtype(checkpoint: Checkpoint, key: str, path: str) -> None:
+    """Raise InvalidInput unless the weight at `key` holds floating-point numbers that ranks compute with."""
+    dtype = checkpoint.dtypes[key]
+    if dtype not in FLOATS:
+        raise InvalidInput(
+            f"{path}: {key} holds {dtype} numbers, which are no weights (those are {', '.join(FLOATS)}); the "
+            "file is damaged or quantised: choose its fp16, bf16 or plain fp8 version."
+        )
+
+
+def not_finite(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, path: str) -> InvalidInput:
+    """What to say of a model that computed values which are not finite: whose fault it is."""
+    key = checkpoint.not_finite(keys, dtype)
+    if key is None:
+        return InvalidInput(
+            f"{path} computed values that are not finite (NaN or infinity), and its weights are finite in "
+            f"{_name(dtype)}: look at what it was given (prompt, LoRA, ControlNet, picture), or set "
+            "weight_dtype to fp32."
+        )
+    return InvalidInput(
+        f"{path}: {key} holds values that are not finite in {_name(dtype)} (NaN or infinity); the file is "
+        "damaged or needs another weight_dtype: download it again, or set weight_dtype to fp32."
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from disk. Raises InvalidInput when it is missing, damaged or no such thing."""
+    if not file.exists():
+        raise InvalidInput(f"{file} is missing; choose a complete diffusers folder.")
+    with open_regular(file, "a complete diffusers folder") as (stream, size):
+        if size > MAX_JSON_BYTES:
+            raise InvalidInput(
+                f"{file} has {size:,} bytes, a configuration at most {MAX_JSON_BYTES:,}; choose a complete "
+                "diffusers folder."
+            )
+        text = stream.read(MAX_JSON_BYTES)
     try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise InvalidInput(f"{file} is missing; choose a complete diffusers folder.") from error
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{file} is damaged: {error}; download it again.") from error
+    if not isinstance(content, dict):
+        raise InvalidInput(f"{file} is damaged: it holds no JSON object; download it again.")
+    return content
 
 
 _DTYPES = {
@@ -220,10 +276,3 @@ def _without_prefix(key: str) -> str:
 def _stamp(file: Path) -> tuple[int, int]:
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-def _how_to_convert() -> str:
-    return (
-        "convert it on a machine you trust: "
-        "torch.load(file, weights_only=True), then safetensors.torch.save_file(state_dict, new_file)"
-    )

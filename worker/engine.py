@@ -41,6 +41,7 @@ from worker.transformer.controlnets import FittedControlNet, NetCall, NetSpec
 from worker.transformer.transformer import Transformer
 from worker.vae.vae import VAE
 
+KINDS = ("transformer", "text_encoders", "vae")  # of a ModelSpec
 Loaded = Transformer | TextEncoders | VAE
 
 
@@ -123,6 +124,8 @@ class Engine:
         pictures = Pictures.of(prompts, negative)
         batch = Batch(message.x, message.timestep, conditions, message.control, nets, pictures)
         output = transformer.predict_batch(batch)
+        if not torch.isfinite(output).all():  # the same on all ranks
+            raise transformer.not_finite()
         return output if self._groups.rank == 0 else None
 
     def sample(self, message: Sample, run: Run) -> torch.Tensor | None:
@@ -134,6 +137,8 @@ class Engine:
         self._have_ip_adapters(message.spec, transformer, message.image_prompts)
         self._patch(transformer, message.patches.name)
         latent = sample(message, transformer, self._groups, run, *nets)
+        if self._groups.any(latent is not None and not torch.isfinite(latent).all()):
+            raise transformer.not_finite()
         return latent if self._groups.rank == 0 else None
 
     def encode_text(self, message: EncodeText, _run: Run) -> dict[str, torch.Tensor | None]:
@@ -214,13 +219,14 @@ class Engine:
         return self._models.require(spec)
 
     def _open(self, spec: ModelSpec, degrees: Degrees) -> Loaded:
+        if spec.kind not in KINDS:
+            raise InvalidInput(f"{spec.kind!r} is nothing a rank loads; it loads {', '.join(KINDS)}.")
+        spec.check()  # another file under the name would draw another picture
         if spec.kind == "transformer":
             return Transformer(spec, self._groups, degrees)
         if spec.kind == "text_encoders":
             return TextEncoders(spec, self._groups.device)
-        if spec.kind == "vae":
-            return VAE(spec, self._groups)
-        raise InvalidInput(f"{spec.kind!r} is nothing a rank loads")
+        return VAE(spec, self._groups)
 
     def _resolve(self, value: Any) -> Any:
         """Put tensors that travelled before in their places, and keep those named now."""

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.safetensors_header import read_header
 
 # Lists by where a transformer adds them. Which of them a family reads, its file in the ranks says.
 PLACES = ("input", "output")
@@ -78,11 +79,9 @@ def _stored(files: list[Path], name: str) -> torch.Tensor:
     """The tensor that ComfyUI's SD3 calls `name`, under whatever name it has in the files."""
     spellings = {name, *(other for ours, other, *_ in comfy.utils.MMDIT_MAP_BASIC if ours == name)}
     for file in files:
-        with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 - not a dict
-                if any(
-                    key == spelling or key.endswith(f"diffusion_model.{spelling}") for spelling in spellings
-                ):
+        for key in read_header(file):
+            if any(key == spelling or key.endswith(f"diffusion_model.{spelling}") for spelling in spellings):
+                with safe_open(file, framework="pt") as stored:
                     return stored.get_tensor(key)
     raise InvalidInput(
         f"{files[0]} has no tensor {name}, which this ControlNet takes over from the model; "

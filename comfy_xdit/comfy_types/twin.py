@@ -6,8 +6,6 @@ whose weights are in the ranks.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import comfy.utils
 import torch
 
 from comfy_xdit.comfy_types.residuals import lend_embedders
+from comfy_xdit.protocol import safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
 
 META = torch.device("meta")
@@ -33,7 +32,6 @@ DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def build_twin(path: str | Path, dtype: torch.dtype) -> Any:
@@ -89,19 +87,11 @@ def read_header(file: Path) -> dict[str, torch.Tensor]:
     """Meta tensors by name; reads the header of a safetensors file and none of its weights.
 
     Raises:
-        InvalidInput: it is no safetensors file.
+        InvalidInput: it is no safetensors file, or damaged.
     """
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
-        text = stream.read(length) if length <= MAX_HEADER_BYTES else b""
-    if not text.startswith(b"{"):
-        raise InvalidInput(f"{file} is not a safetensors file; convert it to safetensors first.")
-    header = json.loads(text)
-    header.pop("__metadata__", None)
     return {
-        name: torch.empty(entry["shape"], dtype=DTYPES.get(entry["dtype"], torch.uint8), device=META)
-        for name, entry in header.items()
+        name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device=META)
+        for name, tensor in safetensors_header.read_header(file).items()
     }
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comfy_xdit.headless.validation import Classes, Workflow, input_fields
+from comfy_xdit.headless.validation import Classes, Workflow, input_fields, shown
 from comfy_xdit.protocol.errors import InvalidInput
 
+MAX_BYTES = 64 << 20  # of a workflow; large ones have a few
+MAX_DEPTH = 100
 MUTED, BYPASSED = 2, 4
 COMMENTS = ("Note", "MarkdownNote")
 AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
@@ -31,10 +33,15 @@ def read_workflow(path: Path, classes: Classes) -> WorkflowFile:
             node type that is not known here.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:  # a FIFO, too: the shell's <( )
+            text = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}; name a workflow file.") from error
-    except ValueError as error:
+    if len(text) > MAX_BYTES:
+        raise InvalidInput(f"{path} has more than {MAX_BYTES:,} bytes; no workflow has: name another file.")
+    try:
+        content = _plain(json.loads(text))
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} is not JSON: {error}; save the workflow anew from ComfyUI.") from error
     if isinstance(content, dict) and isinstance(content.get("nodes"), list):
         return WorkflowFile(api_of(content, classes), content)
@@ -62,20 +69,44 @@ def override(workflow: Workflow, setting: str, classes: Classes) -> None:
         raise InvalidInput(
             f"--set {setting!r} is not of the form id.input=value, e.g. 6.text='a red circle'."
         )
-    if node not in workflow:
-        there = ", ".join(f"{n} ({workflow[n].get('class_type')})" for n in workflow)
+    nodes = {n: content for n, content in workflow.items() if isinstance(content, dict)}
+    if node not in nodes:
+        there = ", ".join(f"{n} ({content.get('class_type')})" for n, content in nodes.items())
         raise InvalidInput(f"--set {setting!r}: no node {node!r}; there are {there}.")
-    inputs = workflow[node].setdefault("inputs", {})
-    node_class = classes.get(workflow[node].get("class_type", ""))
+    inputs = nodes[node].setdefault("inputs", {})
+    if not isinstance(inputs, dict):
+        raise InvalidInput(f"--set {setting!r}: the inputs of node {node} are no names with values.")
+    class_type = nodes[node].get("class_type")
+    node_class = classes.get(class_type) if isinstance(class_type, str) else None
     known = list(inputs) if node_class is None else [f.name for f in input_fields(node_class)]
     if name not in known:
         raise InvalidInput(
             f"--set {setting!r}: node {node} has no input {name!r}; it has {', '.join(known)}."
         )
     try:
-        inputs[name] = json.loads(text)
-    except ValueError:
+        inputs[name] = _plain(json.loads(text))
+    except (ValueError, RecursionError):
         inputs[name] = text
+
+
+def _plain(content: Any) -> Any:
+    """What was read, unless it is nested deeper, or holds another text, than anything can use.
+
+    Raises:
+        ValueError: it does.
+    """
+    rest = [(content, 0)]
+    while rest:
+        value, depth = rest.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        if isinstance(value, str):
+            value.encode()  # half of a surrogate pair
+        elif isinstance(value, dict):
+            rest += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list):
+            rest += [(part, depth + 1) for part in value]
+    return content
 
 
 def api_of(ui: dict[str, Any], classes: Classes) -> Workflow:
@@ -95,7 +126,7 @@ def api_of(ui: dict[str, Any], classes: Classes) -> Workflow:
                 f"{', '.join(sorted(classes))}. Run this workflow in ComfyUI."
             )
         inputs = _widget_values(node, classes[node["type"]])
-        for slot in node.get("inputs") or []:
+        for slot in _slots(node):
             if slot.get("link") is not None:
                 graph.connect(inputs, slot["name"], slot["link"])
         workflow[name] = {"class_type": node["type"], "inputs": inputs}
@@ -124,29 +155,60 @@ def _widget_values(node: dict[str, Any], node_class: type) -> dict[str, Any]:
     return values
 
 
+def _slots(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The inputs of a node in a UI workflow."""
+    return node.get("inputs") or []
+
+
+def _check_node(node: Any) -> None:
+    """Raise InvalidInput unless what is read of a node has the form that ComfyUI writes."""
+    anew = "save it anew from ComfyUI"
+    if not isinstance(node, dict) or not _is_id(node.get("id")) or not isinstance(node.get("type"), str):
+        raise InvalidInput(f"a node of the workflow has no id or no type; {anew}.")
+    slots = _slots(node)
+    if not isinstance(slots, list) or not all(
+        isinstance(slot, dict)
+        and isinstance(slot.get("name"), str)
+        and (slot.get("link") is None or _is_id(slot["link"]))
+        for slot in slots
+    ):
+        raise InvalidInput(f"the inputs of node {node['id']} of the workflow are damaged; {anew}.")
+    if not isinstance(node.get("widgets_values") or [], (list, dict)):
+        raise InvalidInput(f"the values of node {node['id']} of the workflow are damaged; {anew}.")
+
+
+def _check_link(link: Any) -> list[Any]:
+    """[id, origin node, origin slot, ...] of a link in either of ComfyUI's forms.
+
+    Raises:
+        InvalidInput: it has another.
+    """
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    parts = [link.get(key) for key in keys] if isinstance(link, dict) else link
+    whole = isinstance(parts, list) and len(parts) >= len(keys)
+    if not whole or not _is_id(parts[0]) or not _is_id(parts[1]) or type(parts[2]) is not int:
+        raise InvalidInput(f"link {shown(link)} of the workflow is damaged; save it anew from ComfyUI.")
+    return parts
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) in (int, str)
+
+
 class _Graph:
     """The nodes and links of a UI workflow."""
 
     def __init__(self, ui: dict[str, Any]):
         self.nodes: dict[str, dict[str, Any]] = {}
         for node in ui["nodes"]:
-            if not isinstance(node, dict) or "id" not in node or "type" not in node:
-                raise InvalidInput("a node of the workflow has no id or no type; save it anew from ComfyUI.")
+            _check_node(node)
             self.nodes[str(node["id"])] = node
+        links = ui.get("links") or []
+        if not isinstance(links, list):
+            raise InvalidInput("the links of the workflow are damaged; save it anew from ComfyUI.")
         self.links: dict[Any, tuple[str, int, str]] = {}
-        for link in ui.get("links") or []:
-            if isinstance(link, dict):
-                link = [
-                    link.get("id"),
-                    link.get("origin_id"),
-                    link.get("origin_slot"),
-                    0,
-                    0,
-                    link.get("type"),
-                ]
-            if not isinstance(link, list) or len(link) < 6:
-                raise InvalidInput(f"link {link!r} of the workflow is damaged; save it anew from ComfyUI.")
-            self.links[link[0]] = (str(link[1]), link[2], link[5])
+        for parts in map(_check_link, links):
+            self.links[parts[0]] = (str(parts[1]), parts[2], parts[5])
 
     def connect(self, inputs: dict[str, Any], name: str, link: Any) -> None:
         """Set input `name` to what `link` leads to; leave it alone where that is a muted node."""
@@ -158,7 +220,7 @@ class _Graph:
             source, slot, kind = self.links[link]
             node = self.nodes[source]
             if node["type"] == "PrimitiveNode":
-                inputs[name] = (node.get("widgets_values") or [None])[0]
+                inputs[name] = _first_value(node)
                 return
             if node.get("mode") == MUTED:
                 return
@@ -168,12 +230,17 @@ class _Graph:
             link = _passed_through(node, slot, kind)
 
 
+def _first_value(node: dict[str, Any]) -> Any:
+    stored = node.get("widgets_values") or [None]
+    return next(iter(stored.values())) if isinstance(stored, dict) else stored[0]
+
+
 def _passed_through(node: dict[str, Any], slot: int, kind: str) -> Any:
     """The link at the input that a reroute or a bypassed node hands on to its output `slot`."""
-    slots = node.get("inputs") or []
+    slots = _slots(node)
     if node["type"] == "Reroute":
         return slots[0].get("link") if slots else None
     fitting = [s for s in slots if s.get("type") == kind]
-    if slot < len(slots) and slots[slot] in fitting:
+    if 0 <= slot < len(slots) and slots[slot] in fitting:
         return slots[slot].get("link")
     return fitting[0].get("link") if fitting else None

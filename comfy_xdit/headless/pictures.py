@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import tempfile
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
 from comfy_xdit.protocol.errors import InvalidInput
 
 COMPRESSION = 4  # ComfyUI's
+LONGEST_PART, LONGEST_PREFIX = 200, 1000  # bytes; file systems take 255, with the number, and 4,096
+# What Pillow raises for a damaged picture, by its format's reader.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 NO_MASK_SIDE = 64  # of the mask of a picture without transparency
 
 
@@ -29,6 +45,17 @@ class Folders:
     output: Path
     inputs: tuple[Path, ...] = (Path(),)
     written: list[Path] = field(default_factory=list)
+
+    def check_writable(self) -> None:
+        """Make the output folder, and raise InvalidInput unless a file can be written into it."""
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output):
+                pass
+        except (OSError, ValueError) as error:
+            raise InvalidInput(
+                f"nothing can be written to {self.output}: {_why(error)}; name another folder with --output."
+            ) from error
 
     def find_input(self, name: str) -> Path:
         """The file `name` in the first input folder that has it; an absolute path is itself.
@@ -51,14 +78,13 @@ def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         (B, 64, 64) of zeros when it has no transparency.
 
     Raises:
-        InvalidInput: the file is no picture, or damaged.
+        InvalidInput: the file is no picture, damaged, or has too many pixels.
     """
     try:
-        with Image.open(path) as image:
-            frames = [ImageOps.exif_transpose(frame) for frame in ImageSequence.Iterator(image)]
-            if image.format == "MPO":  # the further frames are other views, not other pictures
-                frames = frames[:1]
-    except (UnidentifiedImageError, OSError) as error:
+        frames = _frames(path)
+    except Image.DecompressionBombError as error:
+        raise InvalidInput(f"{path} is too large: {error}; scale it down.") from error
+    except _DAMAGED as error:
         raise InvalidInput(f"{path} cannot be read as a picture: {error}; choose a PNG or JPEG.") from error
     frames = [frame for frame in frames if frame.size == frames[0].size]
     masks = [_mask(f) for f in frames]
@@ -88,30 +114,68 @@ def save(
         ComfyUI's description of the files.
 
     Raises:
-        InvalidInput: `prefix` leads out of the output folder.
+        InvalidInput: `images` are none, `prefix` cannot be the name of a file in the output folder, or
+            it cannot be written.
     """
+    problem = prefix_problem(prefix)
+    if problem is not None:
+        raise InvalidInput(f"{problem}.")
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         shape = tuple(getattr(images, "shape", ()))
         raise InvalidInput(f"images has the shape {shape}, not (batch, height, width, 3); connect an IMAGE.")
-    target = (folders.output / _filled_in(prefix, images)).resolve()
-    if not target.is_relative_to(folders.output.resolve()):
-        raise InvalidInput(f"filename_prefix {prefix!r} leads out of {folders.output}; take out the '..'.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    output = folders.output.resolve()
+    target = output / _filled_in(prefix, images)
+    if not target.resolve().is_relative_to(output):  # by a link in the folder
+        raise InvalidInput(f"filename_prefix {prefix!r} leads out of {folders.output}; choose another one.")
     chunks = PngInfo()
     for name, value in {"prompt": prompt, **extra}.items():
         chunks.add_text(name, json.dumps(value))
     described = []
     for place, image in enumerate(images):
-        name = target.name.replace("%batch_num%", str(place))
-        path = target.with_name(f"{name}_{_next_number(target.parent, name):05}_.png")
         levels = (image.float().cpu().numpy() * 255.0).clip(0, 255).astype(np.uint8)
-        Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels).save(
-            path, pnginfo=chunks, compress_level=COMPRESSION
-        )
+        picture = Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
+        path = _write(picture, target.with_name(target.name.replace("%batch_num%", str(place))), chunks)
         folders.written.append(path)
-        subfolder = path.parent.relative_to(folders.output.resolve()).as_posix()
+        subfolder = path.parent.relative_to(output).as_posix()
         described.append({"filename": path.name, "subfolder": subfolder.removeprefix("."), "type": "output"})
     return described
+
+
+def prefix_problem(prefix: str) -> str | None:
+    """What is wrong with a filename_prefix, in words; None where nothing is."""
+    parts = Path(prefix).parts
+    if not parts:
+        return f"filename_prefix {prefix!r} names no file; give it a name such as ComfyUI"
+    if ".." in parts or Path(prefix).is_absolute():
+        return f"filename_prefix {prefix!r} leads out of the output folder; take out '..', or the first '/'"
+    if not prefix.isprintable():
+        return f"filename_prefix {prefix!r} holds characters that no file name has; take them out"
+    longest, whole = max(len(part.encode()) for part in parts), len(prefix.encode())
+    if longest > LONGEST_PART or whole > LONGEST_PREFIX:
+        return (
+            f"filename_prefix {prefix[:40]!r}... has {whole} bytes, {longest} of them between two '/'; at "
+            f"most {LONGEST_PREFIX} and {LONGEST_PART} are possible: shorten it"
+        )
+    return None
+
+
+def _write(picture: Image.Image, target: Path, chunks: PngInfo) -> Path:
+    """Write the next `<target>_<number>_.png`, whole or not at all."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = target.with_name(f"{target.name}_{_next_number(target.parent, target.name):05}_.png")
+        try:
+            picture.save(path, pnginfo=chunks, compress_level=COMPRESSION)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InvalidInput(f"{target} cannot be written: {_why(error)}; name another folder.") from error
+    return path
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def resized(image: torch.Tensor, method: str, width: int, height: int, crop: bool) -> torch.Tensor:
@@ -148,6 +212,18 @@ def cropped_to_multiple(pixels: torch.Tensor, multiple: int) -> torch.Tensor:
             )
         pixels = pixels.narrow(axis, side % multiple // 2, side - side % multiple)
     return pixels
+
+
+def _frames(path: Path) -> list[Image.Image]:
+    """Every frame of the file, decoded. Pillow refuses a frame of too many pixels, and so do we of all."""
+    with Image.open(path) as image:
+        most = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow's refusal begins
+        frames: list[Image.Image] = []
+        for frame in ImageSequence.Iterator(image):
+            if (len(frames) + 1) * image.width * image.height > most:
+                raise Image.DecompressionBombError(f"its frames have more than {most} pixels")
+            frames.append(ImageOps.exif_transpose(frame))
+        return frames[:1] if image.format == "MPO" else frames  # further ones are other views, not pictures
 
 
 def _pixels(frame: Image.Image) -> torch.Tensor:

@@ -295,6 +295,11 @@ class SaveImage:
             "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "folders": "FOLDERS"},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, filename_prefix: str = "ComfyUI") -> bool | str:
+        """Whether files can be called so: known before anything runs."""
+        return pictures.prefix_problem(filename_prefix) or True
+
     def save_images(
         self,
         images: torch.Tensor,

@@ -16,6 +16,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 Workflow = dict[str, dict[str, Any]]
 Classes = Mapping[str, type]
 LISTED = 20  # longer lists of choices are not written out, as in ComfyUI
+SHOWN = 100  # characters of a value in a message
 _CONVERSIONS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
 
@@ -59,6 +60,16 @@ class InputField:
         return self.options.get("options", []) if self.type == "COMBO" else None
 
     @property
+    def needs_link(self) -> bool:
+        """Can only another node give it? Wildcard types, whose `!=` is false, take anything."""
+        return (
+            isinstance(self.type, str)
+            and self.choices is None
+            and self.type not in _CONVERSIONS
+            and (self.type != "*")
+        )
+
+    @property
     def is_widget(self) -> bool:
         """Does the person type or choose it on the node (rather than link it)?"""
         typed = self.type in _CONVERSIONS if isinstance(self.type, str) else False
@@ -94,9 +105,7 @@ def execution_order(workflow: Workflow, classes: Classes) -> list[str]:
         raise InvalidWorkflow(
             [Problem("prompt_no_outputs", "nothing is saved or shown; add a node such as SaveImage")]
         )
-    order: list[str] = []
-    for output in outputs:
-        _visit(workflow, output, order, ())
+    order = _in_order(workflow, outputs)
     problems = [p for node in order for p in _node_problems(workflow, node, classes)]
     if problems:
         raise InvalidWorkflow(problems)
@@ -108,11 +117,15 @@ def _check_nodes(workflow: Workflow, classes: Classes) -> None:
     for name, node in workflow.items():
         if not isinstance(node, dict) or "class_type" not in node:
             problems.append(Problem("invalid_prompt", "it has no class_type", name))
+        elif not isinstance(node["class_type"], str):
+            text = f"its class_type is {shown(node['class_type'])}, which is no name of a node type"
+            problems.append(Problem("invalid_prompt", text, name))
         elif node["class_type"] not in classes:
             text = f"node type {node['class_type']} is not known here; known are {', '.join(sorted(classes))}"
             problems.append(Problem("invalid_prompt", text, name, node["class_type"]))
         elif not isinstance(node.get("inputs"), dict):
-            problems.append(Problem("invalid_prompt", "it has no inputs", name, node["class_type"]))
+            text = "its inputs are no names with values"
+            problems.append(Problem("invalid_prompt", text, name, node["class_type"]))
     if problems:
         raise InvalidWorkflow(problems)
 
@@ -123,15 +136,26 @@ def _linked_nodes(workflow: Workflow, node: str) -> Iterator[str]:
             yield str(value[0])
 
 
-def _visit(workflow: Workflow, node: str, order: list[str], path: tuple[str, ...]) -> None:
-    if node in path:
-        circle = " -> ".join([*path[path.index(node) :], node])
-        raise InvalidWorkflow([Problem("dependency_cycle", f"the nodes {circle} wait for each other", node)])
-    if node in order:
-        return
-    for source in _linked_nodes(workflow, node):
-        _visit(workflow, source, order, (*path, node))
-    order.append(node)
+def _in_order(workflow: Workflow, outputs: list[str]) -> list[str]:
+    """The nodes that `outputs` need, each after those it depends on. Chains may be of any length."""
+    done: dict[str, None] = {}
+    for output in outputs:
+        path = {output: _linked_nodes(workflow, output)}  # nodes that wait, and what else each waits for
+        while path:
+            node, sources = next(reversed(path.items()))
+            source = next((source for source in sources if source not in done), None)
+            if source is None:
+                del path[node]
+                done[node] = None
+            elif source in path:
+                names = list(path)
+                circle = " -> ".join([*names[names.index(source) :], source])
+                raise InvalidWorkflow(
+                    [Problem("dependency_cycle", f"the nodes {circle} wait for each other", source)]
+                )
+            else:
+                path[source] = _linked_nodes(workflow, source)
+    return list(done)
 
 
 def _node_problems(workflow: Workflow, node: str, classes: Classes) -> list[Problem]:
@@ -149,7 +173,7 @@ def _node_problems(workflow: Workflow, node: str, classes: Classes) -> list[Prob
         if is_link(inputs[field.name]):
             found += _link_problems(workflow, inputs[field.name], field, classes, received, argspec)
             continue
-        problem = _convert(inputs, field)
+        problem = _unlinked(inputs[field.name], field) or _convert(inputs, field)
         if problem is None and not _checks_itself(argspec, field.name):
             problem = _range_problem(inputs[field.name], field)
         found += [problem] if problem else []
@@ -172,7 +196,7 @@ def _link_problems(
 ) -> list[tuple[str, str]]:
     """What is wrong with the link at `field`; notes the type that arrives in `received`."""
     if len(link) != 2 or not isinstance(link[1], int):
-        return [("bad_linked_input", f"{field.name} is {link}; a link is [node id, output slot]")]
+        return [("bad_linked_input", f"{field.name} is {shown(link)}; a link is [node id, output slot]")]
     source, slot = str(link[0]), link[1]
     if source not in workflow:
         return [("bad_linked_input", f"{field.name} is linked to node {source}, which is not there")]
@@ -197,6 +221,22 @@ def _types_fit(given: Any, taken: Any) -> bool:
     return bool({t.strip() for t in given.split(",")} & {t.strip() for t in taken.split(",")})
 
 
+def _unlinked(value: Any, field: InputField) -> tuple[str, str] | None:
+    """What is wrong with a value at a socket that takes links alone; nothing (null) may be optional."""
+    if not field.needs_link or (value is None and not field.required):
+        return None
+    return (
+        "invalid_input_type",
+        f"{field.name} is {shown(value)}; it takes {field.type} from another node: link it to one",
+    )
+
+
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and short."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def _convert(inputs: dict[str, Any], field: InputField) -> tuple[str, str] | None:
     """Convert the value at `field` in place to its type."""
     value = inputs[field.name]
@@ -207,9 +247,9 @@ def _convert(inputs: dict[str, Any], field: InputField) -> tuple[str, str] | Non
     try:
         converted = _CONVERSIONS[field.type](value)
     except (TypeError, ValueError, OverflowError):
-        return "invalid_input_type", f"{field.name} is {value!r}, which is no {field.type}"
+        return "invalid_input_type", f"{field.name} is {shown(value)}, which is no {field.type}"
     if isinstance(converted, float) and not math.isfinite(converted):
-        return "invalid_input_type", f"{field.name} is {value!r}, which is no finite number"
+        return "invalid_input_type", f"{field.name} is {shown(value)}, which is no finite number"
     inputs[field.name] = converted
     return None
 
@@ -223,8 +263,8 @@ def _range_problem(value: Any, field: InputField) -> tuple[str, str] | None:
     if choices is not None and value not in choices:
         named = ", ".join(map(str, choices)) if len(choices) <= LISTED else f"{len(choices)} choices"
         if not named:
-            return "value_not_in_list", f"{field.name} is {value!r}, but there is nothing to choose from"
-        return "value_not_in_list", f"{field.name} is {value!r}, not one of: {named}"
+            return "value_not_in_list", f"{field.name} is {shown(value)}, but there is nothing to choose from"
+        return "value_not_in_list", f"{field.name} is {shown(value)}, not one of: {named}"
     return None
 
 

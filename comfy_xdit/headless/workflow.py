@@ -87,6 +87,7 @@ def run(workflow: WorkflowFile, folders: Folders, classes: Classes, quiet: bool 
 
     Raises:
         InvalidWorkflow: with everything that is wrong; nothing ran.
+        InvalidInput: nothing can be written to the output folder; nothing ran.
         NodeFailed: a node could not do its work; why is its `__cause__`.
         Interrupted: the person asked to stop between two nodes.
     """
@@ -98,6 +99,7 @@ def run(workflow: WorkflowFile, folders: Folders, classes: Classes, quiet: bool 
         "EXTRA_PNGINFO": {} if workflow.ui is None else {"workflow": workflow.ui},
         "FOLDERS": folders,
     }
+    folders.check_writable()  # before hours of work, not after
     headless.forget_interrupt()
     finished = Finished({}, {}, folders.written)
     for node in order:

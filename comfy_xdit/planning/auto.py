@@ -19,6 +19,7 @@ from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.planner import Plan
 from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.planning.topology import this_machine
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Check
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import ModelSpec
@@ -54,11 +55,13 @@ def layout_of(
     """The layout itself, or the one that `auto` chooses for the transformer `spec`.
 
     Raises:
-        InvalidInput: the file is no transformer a rank can load, or one device is to share weights.
+        InvalidInput: the file is no transformer a rank can load, or one device is to share weights, or
+            `parallel` is neither.
         Interrupted: the person stopped it while a rank was starting.
     """
     if isinstance(parallel, ParallelConfig):
         return parallel
+    _check_automatic(parallel)
     available = available_devices()
     devices = parallel.devices or available
     if len(devices) == 1:  # nothing to choose, so nobody need be asked
@@ -89,9 +92,13 @@ def layout_beside(parallel: ParallelConfig | Automatic) -> ParallelConfig:
 
     A VAE is spread over all ranks of any layout, and ranks of its own would take the model's place.
     Without any it is all devices, on CPU at most two.
+
+    Raises:
+        InvalidInput: `parallel` is neither.
     """
     if isinstance(parallel, ParallelConfig):
         return parallel
+    _check_automatic(parallel)
     available = available_devices()
     devices = parallel.devices or available
     running = [g.parallel for g in running_groups() if g.pids and set(g.parallel.devices) <= set(devices)]
@@ -99,6 +106,15 @@ def layout_beside(parallel: ParallelConfig | Automatic) -> ParallelConfig:
         return max(running, key=lambda layout: layout.world_size)
     count = len(devices) if devices[0] != "cpu" else min(2, os.cpu_count() or 1, len(devices))
     return ParallelConfig(ulysses_degree=count, devices=devices[:count])
+
+
+def _check_automatic(parallel: Any) -> None:
+    """Raise InvalidInput for what is no layout: an API workflow may hold anything at a socket."""
+    if not isinstance(parallel, Automatic):
+        raise InvalidInput(
+            f"parallel is {str(parallel)[:100]!r}, which is no layout; link it to an 'xDiT Parallel Config' "
+            "(XDiTParallelConfig), or leave it out."
+        )
 
 
 def chosen_for(layout: ParallelConfig) -> list[tuple[str, Chosen]]:

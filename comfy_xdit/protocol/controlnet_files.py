@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.safetensors_header import read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 TOKEN_PIXELS = 4  # latent pixels of a token
 STOCK = "use the stock ControlNet nodes, which work with an xDiT MODEL"
 HUNYUAN = "a ControlNet for HunyuanDiT, a family the ranks do not have"
@@ -84,30 +82,13 @@ def kind_at(path: Path, name: str) -> ControlNetKind:
     Raises:
         InvalidInput: as `kind_of`, or the file is damaged, or no safetensors file.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise InvalidInput(f"no .safetensors file in {path}; choose a folder of a ControlNet in safetensors.")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        shapes |= _header(file)
+        shapes |= {tensor: stored.shape for tensor, stored in read_header(file).items()}
     return kind_of(shapes, name)
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    if file.suffix in PICKLES:
-        raise InvalidInput(
-            f"{file.name} is a pickle file, which can run code; convert it to safetensors on a machine you "
-            "trust."
-        )
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise InvalidInput(
-            f"{file.name} ({file.stat().st_size} bytes) is damaged or not a safetensors file: {error}; "
-            "download it again."
-        ) from error
 
 
 def _sd3(shapes: Shapes, name: str) -> ControlNetKind:
@@ -116,17 +97,33 @@ def _sd3(shapes: Shapes, name: str) -> ControlNetKind:
             f"{name} is a ControlNet for SD3.5 large without a prompt of its own, which does not run in the "
             f"ranks; {STOCK}, with the file in Stability's format."
         )
-    picture, hint = shapes.get("pos_embed.proj.weight", (0, 0)), shapes["pos_embed_input.proj.weight"]
-    _refuse_inpainting(name, hint[1], picture[1])
+    picture = _inputs(shapes, "pos_embed.proj.weight", name) if "pos_embed.proj.weight" in shapes else 0
+    _refuse_inpainting(name, _inputs(shapes, "pos_embed_input.proj.weight", name), picture)
     return ControlNetKind("sd3", "diffusers", "latents")
 
 
 def _flux(shapes: Shapes, name: str) -> ControlNetKind:
-    hint, picture = shapes["controlnet_x_embedder.weight"], shapes["x_embedder.weight"]
-    _refuse_inpainting(name, hint[1] // TOKEN_PIXELS, picture[1] // TOKEN_PIXELS)
+    hint, picture = (_inputs(shapes, f"{part}x_embedder.weight", name) for part in ("controlnet_", ""))
+    _refuse_inpainting(name, hint // TOKEN_PIXELS, picture // TOKEN_PIXELS)
     takes = "pixels" if "input_hint_block.conv_in.weight" in shapes else "latents"
-    modes = shapes.get("controlnet_mode_embedder.weight", (0,))[0]
+    modes = 0
+    if "controlnet_mode_embedder.weight" in shapes:
+        modes = _matrix(shapes, "controlnet_mode_embedder.weight", name)[0]
     return ControlNetKind("flux", "diffusers", takes, modes)
+
+
+def _inputs(shapes: Shapes, key: str, name: str) -> int:
+    """How many channels the layer with the weight `key` takes."""
+    return _matrix(shapes, key, name)[1]
+
+
+def _matrix(shapes: Shapes, key: str, name: str) -> tuple[int, ...]:
+    if len(shapes[key]) < 2:
+        raise InvalidInput(
+            f"{name}: {key} has shape {shapes[key]}, a ControlNet has a matrix there; the file is damaged: "
+            "download it again."
+        )
+    return shapes[key]
 
 
 def _refuse_inpainting(name: str, hint: int, picture: int) -> None:

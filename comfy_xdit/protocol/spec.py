@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.regular_files import check_there
 
 WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16")
 SAMPLERS = ("euler", "heun", "dpmpp_2m")  # ComfyUI's names of those whose loop runs in the ranks
@@ -15,6 +16,7 @@ CONTROL_TYPES = {
     "none": None, "canny (0)": 0, "tile (1)": 1, "depth (2)": 2, "blur (3)": 3, "pose (4)": 4, "gray (5)": 5,
     "low quality (6)": 6, "mode 7": 7, "mode 8": 8, "mode 9": 9,
 }  # fmt: skip
+STAMPED = (".safetensors", ".json", ".txt")  # what of a folder makes it another model
 File = TypeVar("File", bound="AdapterFile")
 
 
@@ -40,21 +42,29 @@ class ModelSpec:
         """Describe what is at `path` now.
 
         Raises:
-            InvalidInput: nothing is there, or `weight_dtype` is unknown.
+            InvalidInput: neither a file nor a folder is there, or `weight_dtype` is unknown.
         """
         if weight_dtype not in WEIGHT_DTYPES:
             raise InvalidInput(
                 f"weight_dtype {weight_dtype!r} is not one of {', '.join(WEIGHT_DTYPES)}; choose one of them."
             )
         path = Path(path)
-        if not path.exists():
-            raise InvalidInput(f"no file or folder at {path}; choose a model that exists.")
+        check_there(path, "a model that exists")
         return cls(str(path.absolute()), kind, weight_dtype, _stamp(path))
+
+    def check(self) -> None:
+        """Raise InvalidInput if what is at the path is no longer what it was."""
+        if ModelSpec.of(self.path, self.kind, self.weight_dtype) != self:
+            raise InvalidInput(_changed(self.path))
+
+
+def _changed(path: str) -> str:
+    return f"{path} was changed after the node that loads it had run; run the workflow again."
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    files = [path] if path.is_file() else sorted(path.rglob("*.*"))
-    stats = [f.stat() for f in files if f.suffix in (".safetensors", ".json", ".txt")]
+    files = [f for f in path.rglob("*.*") if f.suffix in STAMPED and f.is_file()] if path.is_dir() else [path]
+    stats = [f.stat() for f in files]
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
 
@@ -92,9 +102,7 @@ class AdapterFile:
     def check(self) -> None:
         """Raise InvalidInput if it is no longer the file it was."""
         if type(self).of(self.path) != self:
-            raise InvalidInput(
-                f"{self.path} was changed after the node that loads it had run; run the workflow again."
-            )
+            raise InvalidInput(_changed(self.path))
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,7 @@ class ControlNet:
             InvalidInput: nothing is there.
         """
         path = Path(path).absolute()
-        if not path.exists():
-            raise InvalidInput(f"no ControlNet at {path}; choose one that exists.")
+        check_there(path, "a ControlNet that exists")
         files = sorted(path.glob("*.*")) if path.is_dir() else [path, path.parent / "config.json"]
         stats = [f.stat() for f in files if f.is_file()]
         return cls(str(path), (sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)))
@@ -133,9 +140,7 @@ class ControlNet:
     def check(self) -> None:
         """Raise InvalidInput if it is no longer what it was."""
         if ControlNet.of(self.path) != self:
-            raise InvalidInput(
-                f"{self.path} was changed after the node that loads it had run; run the workflow again."
-            )
+            raise InvalidInput(_changed(self.path))
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def test_files_that_are_no_models_are_refused(comfyui, tmp_path):
     with pytest.raises(InvalidInput, match=r"no \.safetensors file in .*choose a diffusers folder"):
         transformer_files(tmp_path)
     (tmp_path / "text.safetensors").write_text("no header")
-    with pytest.raises(InvalidInput, match="is not a safetensors file; convert it"):
+    with pytest.raises(InvalidInput, match="is damaged or not a safetensors file"):
         read_header(tmp_path / "text.safetensors")
     save_file({"some.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InvalidInput, match=r"no tensor x_embedder\.proj\.weight.*use a complete file"):

@@ -16,6 +16,7 @@ from worker.checkpoints import Shapes, Source
 from worker.models.ip_adapter import IPAdapter
 from worker.parallel.plan import Plan
 
+MAX_BLOCKS = 200  # of one kind; the largest published models have some sixty
 PATCH = 2  # latent pixels per side of a token, of every family here
 
 
@@ -178,9 +179,27 @@ def unpacked(tokens: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def depth(shapes: Shapes, prefix: str) -> int:
-    """How many numbered blocks there are under `prefix`."""
-    numbers = {int(k[len(prefix) :].split(".", 1)[0]) for k in shapes if k.startswith(prefix)}
-    return max(numbers) + 1 if numbers else 0
+    """How many numbered blocks there are under `prefix`.
+
+    Raises:
+        InvalidInput: numbers beyond MAX_BLOCKS.
+    """
+    words = {key[len(prefix) :].split(".", 1)[0] for key in shapes if key.startswith(prefix)}
+    last = max((word for word in words if word.isascii() and word.isdigit()), key=_magnitude, default=None)
+    if last is None:
+        return 0
+    if _magnitude(last) >= _magnitude(str(MAX_BLOCKS)):
+        raise InvalidInput(
+            f"a tensor is of block {prefix}{last}, and no known model has more than {MAX_BLOCKS} of them; "
+            "the file is damaged: download it again."
+        )
+    return int(last) + 1
+
+
+def _magnitude(digits: str) -> tuple[int, str]:
+    """Orders numbers of any length without computing with them."""
+    digits = digits.lstrip("0")
+    return len(digits), digits
 
 
 def whole(key_to: str, key_from: str) -> dict[str, Source]:

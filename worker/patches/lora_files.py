@@ -12,7 +12,7 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Patch
 from comfy_xdit.protocol.spec import LoraFile
-from worker.checkpoints import Checkpoint, Shapes, Source
+from worker.checkpoints import FLOATS, Checkpoint, Shapes, Source
 from worker.patches.adapters import patched
 from worker.patches.lora_names import READ, TEXT_ENCODERS, LoraNames, Place
 
@@ -226,7 +226,7 @@ class _Change:
             shape, number = self.checkpoint.shapes[name], self.checkpoint.dtypes[name]
             if 0 in shape:
                 raise self.refused(f"{name} is empty, its shape is {shape}")
-            if not number.startswith(("F", "BF")) and name != self.shared.get("alpha"):
+            if number not in FLOATS and name != self.shared.get("alpha"):
                 raise self.refused(f"{name} holds {number} numbers, not floating point")
         matrices = [] if self.kind in WHOLE else [*self.parts.values(), self.shared.get("dora_scale")]
         for name in matrices:
@@ -263,10 +263,7 @@ def _add(groups: dict[tuple[str, str], dict[str, dict[str, str]]], place: Place,
 
 def _checkpoint(file: LoraFile) -> Checkpoint:
     file.check()
-    try:
-        checkpoint = Checkpoint([Path(file.path)])
-    except OSError as error:
-        raise InvalidInput(f"{file.name} cannot be read: {error}; check the file's rights.") from error
+    checkpoint = Checkpoint([Path(file.path)])
     if not checkpoint.shapes:
         raise InvalidInput(f"{file.name} holds no tensors; download it again.")
     return checkpoint

@@ -14,7 +14,7 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
-from worker.checkpoints import Checkpoint, read_json
+from worker.checkpoints import Checkpoint, check_dtype, not_finite, read_json
 
 LONGEST_WHOLE_GROUP = 8  # a longer run of tokens may be cut at the end of a chunk
 Token = tuple[int, float]
@@ -23,6 +23,8 @@ ENCODERS = {
     "StableDiffusion3Pipeline": (("l", ""), ("g", "_2"), ("t5xxl", "_3")),
     "FluxPipeline": (("l", ""), ("t5xxl", "_2")),
 }
+ARCHITECTURES = ("CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel")
+WEIGHTS = (".weight", ".bias")  # other tensors may count positions
 T5_LEAST = {"StableDiffusion3Pipeline": 77, "FluxPipeline": 256}
 
 
@@ -94,10 +96,13 @@ class Encoder:
     def __init__(self, root: Path, suffix: str, name: str, t5_least: int, device: torch.device):
         self._folder, self._tokenizer_folder = root / f"text_encoder{suffix}", root / f"tokenizer{suffix}"
         # Names a damaged or pickled file before transformers trips over it.
-        checkpoint = Checkpoint.at(self._folder)
-        self._dtype = torch.float32 if device.type == "cpu" else checkpoint.common_dtype()
-        self.nbytes = checkpoint.elements * self._dtype.itemsize
-        self._architecture = read_json(self._folder / "config.json")["architectures"][0]
+        self._checkpoint = Checkpoint.at(self._folder)
+        for key in self._checkpoint.shapes:
+            if key.endswith(WEIGHTS):
+                check_dtype(self._checkpoint, key, str(self._folder))
+        self._dtype = torch.float32 if device.type == "cpu" else self._checkpoint.common_dtype()
+        self.nbytes = self._checkpoint.elements * self._dtype.itemsize
+        self._architecture = _architecture(self._folder)
         self._device, self._is_t5, self._t5_least = device, name == "t5xxl", t5_least
 
     def load(self) -> None:
@@ -121,6 +126,8 @@ class Encoder:
         if (weights != 1.0).any():
             empty, _ = self._run([[token for token, _ in chunk([], self._rule, weights.shape[1])[0]]])
             states = (states - empty) * weights[..., None] + empty
+        if not all(torch.isfinite(t).all() for t in (states, pooled) if t is not None):
+            raise not_finite(self._checkpoint, self._checkpoint.shapes, self._dtype, str(self._folder))
         return states.flatten(0, 1)[None], None if pooled is None else pooled[:1]
 
     def _run(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -140,6 +147,17 @@ class Encoder:
 
     def _t5_rule(self, least: int) -> Chunked:
         return Chunked(None, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id, 0, least)
+
+
+def _architecture(folder: Path) -> str:
+    """The class of an encoder, as its config.json says."""
+    told = read_json(folder / "config.json").get("architectures")
+    if not isinstance(told, list) or not told or told[0] not in ARCHITECTURES:
+        raise InvalidInput(
+            f"{folder / 'config.json'} names {told!r} as the encoder's architectures; one of "
+            f"{', '.join(ARCHITECTURES)} is read: download the folder again."
+        )
+    return told[0]
 
 
 def chunk(groups: list[list[Token]], rule: Chunked, least: int = 0) -> list[list[Token]]:

@@ -247,7 +247,9 @@ def _config(
 ) -> dict[str, Any]:
     try:
         config = rules.config(shapes, kind)
-    except (KeyError, ValueError, IndexError) as error:
+    except InvalidInput:
+        raise
+    except (KeyError, ValueError, IndexError, ArithmeticError) as error:
         raise InvalidInput(f"{name} lacks {error}; the file is incomplete: download it again.") from error
     if config["num_layers"] == 0:
         raise InvalidInput(f"{name} has no transformer block; the file is incomplete: download it again.")

@@ -14,7 +14,7 @@ from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import IPAdapterFile
-from worker.checkpoints import Checkpoint, Source
+from worker.checkpoints import Checkpoint, Source, check_dtype
 from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
 from worker.parallel.attention import scaled_dot_product_attention
 from worker.parallel.plan import Attend
@@ -207,6 +207,7 @@ def _check_shapes(
                 f"{file.name}: {sources[name]} has shape {stored}, this {family} needs {shape}; choose an "
                 "IP-Adapter made for this model."
             )
+        check_dtype(checkpoint, sources[name], file.name)
     further = sorted(sources.keys() - wanted.keys())
     if further:
         raise InvalidInput(

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
-from worker.checkpoints import Checkpoint, check_complete, read_json
+from worker.checkpoints import Checkpoint, check_complete, not_finite, read_json
 from worker.models import detect
 from worker.models.base import PATCH, ModelFamily, to_whole_patches
 from worker.parallel.groups import Degrees, RankGroups, ring_kernel, use_parallel_attention
@@ -32,7 +32,7 @@ class Transformer:
     """One family's diffusers transformer on this rank's device, with its tokens spread if asked."""
 
     def __init__(self, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
-        self._groups = groups
+        self._groups, self._path = groups, spec.path
         folder = _model_folder(Path(spec.path))
         checkpoint = Checkpoint.at(folder)
         self.family: ModelFamily = detect(checkpoint.shapes, spec.path)
@@ -46,8 +46,7 @@ class Transformer:
             )
         self._checkpoint, self._tokens, self._patched = checkpoint, None, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
-        with init_empty_weights():
-            self.module = self.family.build(self.config)
+        self.module = _build(self.family, self.config, spec.path)
         check_complete(self.module, self._mapping, checkpoint, spec.path)
         self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
         self.ip_adapters = IPAdapters(self.family, self.config, self.dtype, groups.device)
@@ -106,6 +105,12 @@ class Transformer:
             InvalidInput: a patch does not fit the model, or its file is no longer there.
         """
         return self._patched.apply(name, store)
+
+    def not_finite(self) -> InvalidInput:
+        """What to say when the output is not finite: by the whole file, so that all ranks say the same."""
+        mapping = self.family.mapping(self._checkpoint.shapes, self.config)
+        keys = [source.key for source in mapping.values() if source.key in self._checkpoint.shapes]
+        return not_finite(self._checkpoint, keys, self.dtype, self._path)
 
     def describe(self) -> dict[str, Any]:
         """What the host needs to know: plain values only."""
@@ -233,7 +238,9 @@ class Transformer:
     def _config(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         try:
             config = self.family.config(checkpoint.shapes)
-        except (KeyError, ValueError, IndexError) as error:
+        except InvalidInput:
+            raise
+        except (KeyError, ValueError, IndexError, ArithmeticError) as error:
             raise InvalidInput(
                 f"{folder} looks like {self.family.name}, but lacks {error}; choose a complete file."
             ) from error
@@ -243,6 +250,18 @@ class Transformer:
             words = read_json(stored)
             config |= {key: words[key] for key in config if key in words and key != "dual_attention_layers"}
         return config
+
+
+def _build(family: ModelFamily, config: dict[str, Any], path: str) -> torch.nn.Module:
+    """The transformer without weights."""
+    try:
+        with init_empty_weights():
+            return family.build(config)
+    except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise InvalidInput(
+            f"{path} looks like {family.name}, but its tensors have shapes that no such model has ({error}); "
+            "the file is damaged: download it again."
+        ) from error
 
 
 def _check_heads(family: str, heads: int, degrees: Degrees) -> None:

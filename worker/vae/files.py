@@ -45,14 +45,16 @@ def find(path: Path) -> StoredVAE:
     Raises:
         InvalidInput: nothing there, a damaged file, or nothing the ranks run.
     """
-    if path.is_file() and not (path.stem.startswith(WEIGHTS) and (path.parent / "config.json").is_file()):
+    described = path.stem.startswith(WEIGHTS) and (path.parent / "config.json").is_file()
+    if not path.is_dir() and not described:
         return _of_file(path)
-    folder = path.parent if path.is_file() else path
+    folder = path if path.is_dir() else path.parent
     folder = folder / "vae" if (folder / "model_index.json").exists() else folder
     config = read_json(folder / "config.json")
-    checkpoint = Checkpoint.at(path if path.is_file() else folder)
+    checkpoint = Checkpoint.at(folder if path.is_dir() else path)
     mapping = {_renamed(name, _OLD): Source(name) for name in checkpoint.shapes}
-    return StoredVAE(config.get("_class_name", "model without a class name"), config, mapping, checkpoint)
+    cls = str(config.get("_class_name", "model without a class name"))
+    return StoredVAE(cls, config, mapping, checkpoint)
 
 
 def _of_file(path: Path) -> StoredVAE:
@@ -61,18 +63,24 @@ def _of_file(path: Path) -> StoredVAE:
     if prefix is None:
         raise InvalidInput(_unknown(path, checkpoint.shapes))
     keys = {key.removeprefix(prefix): key for key in checkpoint.shapes if key.startswith(prefix)}
-    shapes = {name: checkpoint.shapes[key] for name, key in keys.items()}
-    if "decoder.middle.0.residual.0.gamma" in shapes:
-        cls, config, names = (
-            "AutoencoderKLWan",
-            _wan_config(shapes),
-            {_wan_name(name): name for name in shapes},
-        )
-    else:
-        names = {_ldm_name(name, _levels(shapes)): name for name in shapes}
-        shapes = {name: shapes[original] for name, original in names.items()}
-        cls, config = _ldm_class(shapes), _ldm_config(shapes)
+    try:
+        cls, config, names = _described({name: checkpoint.shapes[key] for name, key in keys.items()})
+    except (KeyError, IndexError) as error:
+        raise InvalidInput(
+            f"{path.name} is a VAE that lacks {error}, or has it in a shape that none has; the file is "
+            "damaged: download it again."
+        ) from error
     return StoredVAE(cls, config, {n: Source(keys[original]) for n, original in names.items()}, checkpoint)
+
+
+def _described(shapes: Shapes) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """Of tensors in a file: diffusers' class, its arguments, and each name under diffusers' name."""
+    if "decoder.middle.0.residual.0.gamma" in shapes:
+        return "AutoencoderKLWan", _wan_config(shapes), {_wan_name(name): name for name in shapes}
+    levels = _levels(shapes)
+    names = {_ldm_name(name, levels): name for name in shapes}
+    shapes = {name: shapes[original] for name, original in names.items()}
+    return _ldm_class(shapes), _ldm_config(shapes), names
 
 
 def _is_vae(shapes: Shapes, prefix: str) -> bool:
@@ -116,10 +124,9 @@ def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _levels(shapes: Shapes) -> int:
-    numbers = [
-        int(m[1]) for m in (re.match(r"decoder\.up(?:_blocks)?\.(\d+)\.", name) for name in shapes) if m
-    ]
-    return max(numbers, default=-1) + 1
+    """How many resolutions the decoder has. A file with more than nine is none of these VAEs."""
+    found = (re.match(r"decoder\.up(?:_blocks)?\.(\d)\.", name) for name in shapes)
+    return max((int(level[1]) for level in found if level), default=-1) + 1
 
 
 _LDM = (

@@ -12,6 +12,7 @@ from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
+from worker.checkpoints import check_dtype, not_finite
 from worker.loop import Run
 from worker.parallel.groups import RankGroups
 from worker.store import give_back
@@ -24,7 +25,7 @@ class VAE:
     """One of diffusers' autoencoders. Every rank holds it whole: weights of 0.2 to 2.8 GB."""
 
     def __init__(self, spec: ModelSpec, groups: RankGroups):
-        self._stored, self._groups = find(Path(spec.path)), groups
+        self._stored, self._groups, self._path = find(Path(spec.path)), groups, spec.path
         cls = diffusers_class(self._stored.cls, spec.path)
         self._module = _without_weights(cls, self._stored, spec.path)
         self._shapes = _shapes(self._module)
@@ -134,7 +135,11 @@ class VAE:
                     done.append(result.float())
         finally:
             self._run = None
-        return torch.cat(done) if done else None
+        result = torch.cat(done) if done else None
+        if self._groups.any(result is not None and not torch.isfinite(result).all()):
+            keys = [self._stored.mapping[name].key for name in self._shapes]
+            raise not_finite(self._stored.checkpoint, keys, self.dtype, self._path)
+        return result
 
     def _pause(self) -> None:
         if self._run is not None:
@@ -145,7 +150,7 @@ def _without_weights(cls: type[nn.Module], stored: StoredVAE, path: str) -> nn.M
     try:
         with init_empty_weights():
             return cls.from_config(stored.config)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
         raise InvalidInput(f"the configuration of the {stored.cls} in {path} is wrong: {error}.") from error
 
 
@@ -162,7 +167,8 @@ def _check_complete(shapes: dict[str, tuple[int, ...]], stored: StoredVAE, path:
             "download it again, or use the stock VAE loader."
         )
     for name, shape in shapes.items():
-        found = stored.checkpoint.shapes[stored.mapping[name].key]
+        key = stored.mapping[name].key
+        found = stored.checkpoint.shapes[key]
         # Original releases have convolutions of one place where diffusers has linear layers.
         if found != shape and not (
             ".attentions." in name and found == shape + (1,) * (len(found) - len(shape))
@@ -170,6 +176,7 @@ def _check_complete(shapes: dict[str, tuple[int, ...]], stored: StoredVAE, path:
             raise InvalidInput(
                 f"{name} in {path} has shape {found}, {stored.cls} has {shape}; choose a VAE of that family."
             )
+        check_dtype(stored.checkpoint, key, path)
 
 
 def _dtype(wanted: str, stored: StoredVAE, device: torch.device) -> torch.dtype:
