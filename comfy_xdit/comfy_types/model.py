@@ -14,6 +14,7 @@ from comfy_xdit.comfy_types.control_net import NETS
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import LENGTHS, pair_prompts
+from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, ImagePrompt
@@ -140,6 +141,7 @@ def _send_calls_to(remote: RemoteModel, twin: Any) -> None:
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         given = _arguments(signature, args, kwargs)
         call = {name: value for name, value in given._asdict().items() if name != "options"}
+        call["conditions"] = with_references(given.conditions, transformer)
         call["image_prompts"], call["negative"] = _pictures(given, twin)
         raise_if_interrupted()
         with interruptible():
