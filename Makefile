@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COMFYUI_VENV := .venv-comfyui/$(notdir $(abspath $(COMFYUI_DIR)))
+# Built for CUDA, and not needed: without them torchaudio is what it has in Python.
+TORCHAUDIO_LIBRARIES := $(COMFYUI_VENV)/lib/python*/site-packages/torchaudio/lib/*.so
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
@@ -55,7 +57,9 @@ $(COMFYUI_VENV)/.ready: pyproject.toml requirements.txt constraints.txt
 	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) torch
 	grep -vE '^(torch|torchvision|torchaudio)$$' "$(COMFYUI_DIR)/requirements.txt" > $(COMFYUI_VENV)/comfyui.txt
 	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) --requirement $(COMFYUI_VENV)/comfyui.txt requests
-	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) --no-deps torchvision
+	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) --no-deps torchvision torchaudio
+	$(COMFYUI_VENV)/bin/python -c "import torchaudio" 2>/dev/null || rm $(TORCHAUDIO_LIBRARIES)
+	$(COMFYUI_VENV)/bin/python -c "import torchaudio"
 	$(COMFYUI_VENV)/bin/pip install $(PIP_FLAGS) --requirement requirements.txt --editable ".[test]"
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from comfy_xdit.comfy_types.interruption import interrupted, interruptible, rais
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import pair_prompts
 from comfy_xdit.comfy_types.residuals import residuals
+from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.comfy_types.twin import build_twin
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import LENGTHS, AppliedControlNet, ImagePrompt
@@ -135,10 +137,13 @@ def _send_calls_to(remote: RemoteModel, twin: Any) -> None:
     transformer = twin.diffusion_model
     name = "_forward" if hasattr(transformer, "_forward") else "forward"
     signature = inspect.signature(getattr(transformer, name))
+    owner = weakref.ref(twin)  # a strong one would be a cycle, and the twin outlive its last MODEL
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        twin = owner()
         given = _arguments(signature, args, kwargs)
         call = {name: value for name, value in given._asdict().items() if name != "options"}
+        call["conditions"] = with_references(given.conditions, twin.diffusion_model)
         call["image_prompts"], call["negative"] = _pictures(given, twin)
         raise_if_interrupted()
         with interruptible():

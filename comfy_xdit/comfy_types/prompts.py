@@ -9,6 +9,7 @@ spread. Here the shorter one is padded, its true length travels along as the con
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 import comfy.conds
@@ -68,10 +69,11 @@ def pair_prompts(twin: Any) -> None:
     forward = inspect.signature(type(twin.diffusion_model).forward)
     if not any(p.kind is p.VAR_KEYWORD for p in forward.parameters.values()):
         return
-    stock = twin.extra_conds
+    stock, owner = type(twin).extra_conds, weakref.ref(twin)  # no cycle through its own method
 
     def extra_conds(**kwargs: Any) -> dict[str, Any]:
-        conds = stock(**kwargs)
+        twin = owner()
+        conds = stock(twin, **kwargs)
         prompt = conds.get("c_crossattn")
         if type(prompt) is comfy.conds.CONDRegular and _arrives_unchanged(twin.current_patcher):
             # A stock ControlNet reads the prompts on the host, and hooks may: they get them as they are.

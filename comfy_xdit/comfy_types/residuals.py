@@ -6,7 +6,8 @@ many of them the same tensor, are plain tensors and travel with the call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +60,20 @@ def lend_embedders(transformer: torch.nn.Module, files: list[Path]) -> None:
         return
     for name in EMBEDDERS:
         embedder = getattr(transformer, name)
-        without_weights = embedder.state_dict
+        embedder.state_dict = _lent(embedder, name, files)
 
-        def state_dict(
-            *args: Any,
-            _name: str = name,
-            _names: tuple[str, ...] = tuple(without_weights()),
-            _stock: Any = without_weights,
-            **kwargs: Any,
-        ) -> dict[str, Any]:
-            if args or kwargs:  # as a part of the whole transformer, which nobody may read
-                return _stock(*args, **kwargs)
-            return {part: _stored(files, f"{_name}.{part}") for part in _names}
 
-        object.__setattr__(embedder, "state_dict", state_dict)
+def _lent(embedder: torch.nn.Module, name: str, files: list[Path]) -> Callable[..., dict[str, Any]]:
+    """The `state_dict` of an embedder; refers to it weakly, for it will refer to this function."""
+    owner = weakref.ref(embedder)
+    stock, names = type(embedder).state_dict, tuple(embedder.state_dict())
+
+    def state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        if args or kwargs:  # as a part of the whole transformer, which nobody may read
+            return stock(owner(), *args, **kwargs)
+        return {part: _stored(files, f"{name}.{part}") for part in names}
+
+    return state_dict
 
 
 def _stored(files: list[Path], name: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
 from comfy_xdit.comfy_types.model import pictures_of, rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, Progress, Sample
@@ -163,7 +164,7 @@ def _check_model(model: RemotePatcher) -> dict[str, Any]:
             f"a node patches the sampling of this MODEL ({', '.join(map(str, present))}), which the "
             f"ranks' own loop would ignore. {USE_KSAMPLER}"
         )
-    return acting
+    return with_references(acting, model.model.diffusion_model)
 
 
 def _multiplier(model: RemotePatcher) -> float:

@@ -49,6 +49,8 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
     """ComfyUI's modules in this process, on CPU, with models of its own and the pack loaded."""
     runpy.run_path(str(SHIM / "sitecustomize.py"))
     os.environ["PYTHONPATH"] = python_path()  # for the ranks
+    # pytest puts the pack's parent here, where a folder named `comfy` would hide ComfyUI's.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT.parent]
     # First, as in ComfyUI itself: the pack and ComfyUI both have a `nodes`, a `tests` ...
     sys.path.insert(0, COMFYUI_DIR)
     cli_args = importlib.import_module("comfy.cli_args")

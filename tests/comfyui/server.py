@@ -126,11 +126,14 @@ class Run:
 
     def progress(self, node: str) -> list[tuple[int, int]]:
         """(step, steps) that were reported for a node."""
-        return [
-            (data["value"], data["max"])
-            for _, kind, data in self.messages
-            if kind == "progress" and data["node"] == node
-        ]
+        return [(data["value"], data["max"]) for _, data in self._progress(node)]
+
+    def progress_times(self, node: str) -> list[float]:
+        """time.monotonic() of each of them."""
+        return [at for at, _ in self._progress(node)]
+
+    def _progress(self, node: str) -> list[tuple[float, dict[str, Any]]]:
+        return [(at, data) for at, kind, data in self.messages if kind == "progress" and data["node"] == node]
 
 
 class Client:

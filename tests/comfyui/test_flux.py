@@ -67,7 +67,7 @@ def test_guidance_switched_off(run_node, models):
 
 
 def test_positions_scaled_and_shifted(run_node, comfyui, models):
-    """ScaleROPE, beside a reference latent, which it leaves where it is."""
+    """ScaleROPE, beside a reference latent, which it moves in some versions and leaves in others."""
     if "ScaleROPE" not in comfyui.mappings:
         pytest.skip("this ComfyUI has no ScaleROPE")
     references = [random_latent(1, 8, 12)]

@@ -28,7 +28,7 @@ from worker.models.base import (
 )
 from worker.models.flux.hooks import ExactTime
 from worker.models.flux.ip_adapter import FluxIPAdapter
-from worker.models.flux.tokens import picture_ids, reference_tokens
+from worker.models.flux.tokens import reference_tokens, token_ids
 from worker.models.plans import diffusers as plans
 
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
@@ -150,11 +150,11 @@ class Flux(ModelFamily):
         context = self.tensor(conditions, "context", config["joint_attention_dim"])
         pooled = conditions["y"][..., : config["pooled_projection_dim"]] if "y" in conditions else None
         pooled = self.tensor({"y": pooled}, "y", config["pooled_projection_dim"])
+        rope = conditions.get("rope_options", {})
         references = reference_tokens(
-            conditions.get("ref_latents", ()), conditions.get("ref_latents_method", "offset"), x
+            conditions.get("ref_latents", ()), conditions.get("ref_latents_method", "offset"), x, rope
         )
-        positions = picture_ids(x.shape, x.device, conditions.get("rope_options", {}))
-        tokens = [(packed(x), positions), *references]
+        tokens = [(packed(x), token_ids(x.shape, x.device, rope)), *references]
         image = torch.cat([part for part, _ in tokens], 1)
         kwargs = {
             "hidden_states": image,

@@ -16,32 +16,35 @@ METHODS = ("offset", "index", "uxo")
 
 
 def token_ids(
-    shape: Sequence[int], device: torch.device, index: float = 0.0, down: int = 0, right: int = 0
+    shape: Sequence[int],
+    device: torch.device,
+    rope: Mapping[str, float],
+    index: float = 0.0,
+    down: int = 0,
+    right: int = 0,
 ) -> torch.Tensor:
-    """Positions (tokens, 3) of a latent of `shape`, moved down and right by so many latent pixels."""
-    rows, columns = (-(-size // PATCH) for size in shape[-2:])
-    return _grid(
-        index,
-        torch.arange(rows, device=device) + -(-down // PATCH),
-        torch.arange(columns, device=device) + -(-right // PATCH),
-    )
+    """Positions (tokens, 3) of a latent of `shape`, moved down and right by so many latent pixels.
 
-
-def picture_ids(shape: Sequence[int], device: torch.device, rope: Mapping[str, float]) -> torch.Tensor:
-    """Positions (tokens, 3) of the picture, scaled and moved as ComfyUI's ScaleROPE node says.
-
-    `rope` has scale_x, scale_y (factors) and shift_x, shift_y, shift_t (tokens), each if it is set.
-    Reference latents are not moved.
+    `rope`, of ComfyUI's ScaleROPE node, has scale_x, scale_y (factors) and shift_x, shift_y, shift_t
+    (tokens), each if it is set; it is empty where positions are as they are.
     """
+    rows, columns = (-(-size // PATCH) for size in shape[-2:])
+    first_row, first_column = -(-down // PATCH), -(-right // PATCH)
     if not rope:
-        return token_ids(shape, device)
+        return _grid(
+            index,
+            torch.arange(rows, device=device) + first_row,
+            torch.arange(columns, device=device) + first_column,
+        )
 
-    def along(axis: str, size: int) -> torch.Tensor:
-        first, steps = rope.get(f"shift_{axis}", 0.0), -(-size // PATCH)
+    def along(axis: str, first: float, steps: int) -> torch.Tensor:
+        first += rope.get(f"shift_{axis}", 0.0)
         last = first + (steps - 1.0) * rope.get(f"scale_{axis}", 1.0)
         return torch.linspace(first, last, steps, device=device)
 
-    return _grid(rope.get("shift_t", 0.0), along("y", shape[-2]), along("x", shape[-1]))
+    return _grid(
+        index + rope.get("shift_t", 0.0), along("y", first_row, rows), along("x", first_column, columns)
+    )
 
 
 def _grid(index: float, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -51,9 +54,11 @@ def _grid(index: float, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tens
 
 
 def reference_tokens(
-    latents: Sequence[torch.Tensor], method: str, x: torch.Tensor
+    latents: Sequence[torch.Tensor], method: str, x: torch.Tensor, rope: Mapping[str, float]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and positions of reference latents, which follow those of the picture `x`.
+
+    `rope` moves them where its `references` says so: versions of ComfyUI differ.
 
     Raises:
         InvalidInput: a method of another version, or a latent that is none of this model.
@@ -70,7 +75,8 @@ def reference_tokens(
                 "batch and channels must be the same; encode the reference with the VAE of this model."
             )
         tokens = packed(to_whole_patches(latent.to(x.dtype)))
-        yield tokens, token_ids(latent.shape, x.device, index, down, right)
+        moved = rope if rope.get("references") else {}
+        yield tokens, token_ids(latent.shape, x.device, moved, index, down, right)
 
 
 def _places(latents: Sequence[torch.Tensor], method: str, x: torch.Tensor) -> Iterator[tuple[int, int, int]]:
