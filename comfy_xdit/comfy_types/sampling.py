@@ -21,10 +21,9 @@ from comfy_xdit.comfy_types.model import pictures_of, rank_options, remote_of
 from comfy_xdit.comfy_types.patcher import RemotePatcher
 from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.nodes.surroundings import SamplerInputs
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import NotInTheLoop
 from comfy_xdit.protocol.messages import AppliedControlNet, Progress, Sample
 
-USE_KSAMPLER = "Use the stock KSampler with this MODEL for that."
 # Entries of a conditioning that change when, where or how strongly it counts.
 SPECIAL_CONDITIONS = {
     "area": "an area",
@@ -60,7 +59,7 @@ def sample_request(
         The message, and what turns the answer into the samples of a LATENT: (B, C, H, W), unscaled.
 
     Raises:
-        InvalidInput: something in the inputs only a stock KSampler can do.
+        NotInTheLoop: something in the inputs the ranks' loop cannot do, and a stock KSampler can.
     """
     remote = remote_of(model)
     acting = _check_model(model)
@@ -131,12 +130,12 @@ def progress(model: RemotePatcher, steps: int) -> Callable[[Progress], None]:
 
 
 def _plain_samples(latent: dict[str, Any]) -> torch.Tensor:
-    """(B, C, H, W) of a LATENT. Raises InvalidInput for videos and for several latents at once."""
+    """(B, C, H, W) of a LATENT. Raises NotInTheLoop for videos and for several latents at once."""
     samples = latent["samples"]
     if not isinstance(samples, torch.Tensor) or samples.ndim != 4:
-        raise InvalidInput(
+        raise NotInTheLoop(
             f"the latent has shape {tuple(samples.shape)}; the ranks' loop takes pictures, "
-            f"(batch, channels, height, width). {USE_KSAMPLER}"
+            "(batch, channels, height, width)"
         )
     return samples
 
@@ -150,7 +149,7 @@ def _check_model(model: RemotePatcher) -> dict[str, Any]:
     """What of its transformer_options travels with every call.
 
     Raises:
-        InvalidInput: the model has patches that act in the host's sampling loop, which does not run.
+        NotInTheLoop: the model has patches that act in the host's sampling loop, which does not run.
     """
     model.refuse_what_stays_here()
     options = dict(model.model_options)
@@ -160,9 +159,9 @@ def _check_model(model: RemotePatcher) -> dict[str, Any]:
         present += [kind] if any(by_name.values()) else []
     present += [name for name in model.object_patches if name != "model_sampling"]
     if present:
-        raise InvalidInput(
+        raise NotInTheLoop(
             f"a node patches the sampling of this MODEL ({', '.join(map(str, present))}), which the "
-            f"ranks' own loop would ignore. {USE_KSAMPLER}"
+            "ranks' own loop would ignore"
         )
     return with_references(acting, model.model.diffusion_model)
 
@@ -171,7 +170,7 @@ def _multiplier(model: RemotePatcher) -> float:
     """What turns sigma into the transformer's timestep.
 
     Raises:
-        InvalidInput: the family, or a node, samples in a way the ranks do not.
+        NotInTheLoop: the family, or a node, samples in a way the ranks do not.
     """
     sampling = model.get_model_object("model_sampling")
     one = torch.tensor([1.0])
@@ -179,7 +178,7 @@ def _multiplier(model: RemotePatcher) -> float:
         whole, half = (float(sampling.timestep(part)) for part in (one, one / 2))
         if math.isclose(whole, 2 * half):
             return whole
-    raise InvalidInput(f"the ranks' loop samples flow models only; this MODEL is none. {USE_KSAMPLER}")
+    raise NotInTheLoop("the ranks' loop samples flow models, and this MODEL is none")
 
 
 def _nets(
@@ -209,15 +208,11 @@ def _conditions(
 ) -> dict[str, Any]:
     """Keyword arguments of the transformer, one row per picture, as ComfyUI's own model makes them."""
     if len(conditioning) != 1:
-        raise InvalidInput(
-            f"{name} has {len(conditioning)} conditionings; the ranks take one. {USE_KSAMPLER}"
-        )
+        raise NotInTheLoop(f"{name} has {len(conditioning)} conditionings; the ranks' loop takes one")
     for entry, words in SPECIAL_CONDITIONS.items():
         value = conditioning[0][1].get(entry)
         if value is not None and not (entry == "control" and runs_in_ranks(value)):
-            raise InvalidInput(
-                f"{name} has {words} ({entry}), which the ranks' loop does not know. {USE_KSAMPLER}"
-            )
+            raise NotInTheLoop(f"{name} has {words} ({entry}), which the ranks' loop does not know")
     (encoded,) = comfy.samplers.encode_model_conds(
         model.model.extra_conds,
         comfy.sampler_helpers.convert_cond(conditioning),
@@ -233,7 +228,7 @@ def _conditions(
         for key, condition in encoded["model_conds"].items()
     }
     if "c_concat" in arguments:
-        raise InvalidInput(f"an inpainting model's extra channels are not in this version. {USE_KSAMPLER}")
+        raise NotInTheLoop("the ranks' loop does not know an inpainting model's extra channels")
     if "c_crossattn" in arguments:
         arguments["context"] = arguments.pop("c_crossattn")
     return arguments

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from comfy_xdit.comfy_types import beginning, clip, controlnet, files, interruption, model, sampling, vae
+from comfy_xdit.comfy_types import (
+    beginning,
+    clip,
+    controlnet,
+    driving,
+    files,
+    interruption,
+    model,
+    sampling,
+    vae,
+)
 
 
 class ComfyUI:
@@ -28,6 +38,7 @@ class ComfyUI:
     samplers = staticmethod(sampling.samplers)
     schedulers = staticmethod(sampling.schedulers)
     sample_request = staticmethod(sampling.sample_request)
+    drive = staticmethod(driving.drive)
     progress = staticmethod(sampling.progress)
     interrupted = staticmethod(interruption.interrupted)
     interruptible = staticmethod(interruption.interruptible)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -120,6 +120,13 @@ class Headless:
         conversion.hold_nets(remote, inputs.positive, inputs.negative)
         pictures = at_sigmas(remote.pictures, Sampling.of(info).sigma_at)
         return replace(request, patches=remote.patches, image_prompts=pictures), finish
+
+    def drive(self, model: RemoteModel, inputs: SamplerInputs) -> NoReturn:
+        """Refused: the samplers of the host are ComfyUI's."""
+        raise InvalidInput(
+            f"a run that the ranks' own loop cannot make ({inputs.sampler_name}, {inputs.scheduler}) needs "
+            "ComfyUI; open the workflow there, or choose another sampler and scheduler."
+        )
 
     def progress(self, model: RemoteModel, steps: int) -> Callable[[Progress], None]:
         """What shows the ranks' progress on the running node."""

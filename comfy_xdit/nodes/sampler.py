@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_xdit.nodes.surroundings import SamplerInputs, Surroundings, surroundings
+from comfy_xdit.protocol.errors import InvalidInput, NotInTheLoop
 from comfy_xdit.protocol.spec import SAMPLERS
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -17,7 +18,7 @@ class XDiTSampler:
     TITLE = "xDiT Sampler"
     DESCRIPTION = (
         "KSampler with the whole loop in the ranks: the same inputs and numbers, less overhead. "
-        f"Samplers: {', '.join(SAMPLERS)}. The stock KSampler works with an xDiT MODEL as well."
+        f"In the ranks: {', '.join(SAMPLERS)}; any other runs as in KSampler, and the node says so."
     )
     RETURN_TYPES = ("LATENT",)
     FUNCTION = "sample"
@@ -38,7 +39,10 @@ class XDiTSampler:
                     "FLOAT",
                     cfg | {"tooltip": "How strongly the prompt counts; 1 = no negative prompt."},
                 ),
-                "sampler_name": (here.samplers(), {"tooltip": f"{_NAMES} run in the ranks."}),
+                "sampler_name": (
+                    here.samplers(),
+                    {"tooltip": f"{_NAMES} run in the ranks, others from here."},
+                ),
                 "scheduler": (here.schedulers(), {"tooltip": "How the noise falls from step to step."}),
                 "positive": ("CONDITIONING", {"tooltip": "What the picture shows."}),
                 "negative": ("CONDITIONING", {"tooltip": "What it does not show. Ignored at cfg 1."}),
@@ -47,19 +51,34 @@ class XDiTSampler:
             }
         }
 
-    def sample(self, model: Any, **inputs: Any) -> tuple[dict[str, Any]]:
-        """Have the ranks run the loop."""
-        return (sample(surroundings(), model, **inputs),)
+    def sample(self, model: Any, **inputs: Any) -> Any:
+        """Have the ranks run the loop; where they cannot, the host runs it, and the node says why."""
+        latent, note = sample(surroundings(), model, **inputs)
+        return {"ui": {"text": [note]}, "result": (latent,)} if note else (latent,)
 
 
-def sample(here: Surroundings, model: Any, **widgets: Any) -> dict[str, Any]:
-    """KSampler's work, with the whole loop in the ranks. Returns a LATENT."""
+def sample(here: Surroundings, model: Any, **widgets: Any) -> tuple[dict[str, Any], str]:
+    """KSampler's work, with the whole loop in the ranks. Returns a LATENT, and what was special.
+
+    Raises:
+        InvalidInput: the ranks' loop cannot run this, and the layout allows no other.
+    """
     inputs = SamplerInputs(**widgets)
     remote = here.remote_of(model)
-    request, finish = here.sample_request(model, inputs)
+    try:
+        request, finish = here.sample_request(model, inputs)
+    except NotInTheLoop as reason:
+        stages = remote.parallel.pipefusion_degree
+        if stages > 1:
+            raise InvalidInput(
+                f"{reason}; and with pipefusion_degree {stages} there is no other loop. Change that, or set "
+                "pipefusion_degree to 1."
+            ) from reason
+        samples = here.drive(model, inputs)
+        return {**inputs.latent_image, "samples": samples}, f"Sampled as KSampler does it: {reason}."
     if len(request.sigmas) < 2:  # denoise 0: nothing to do, as in KSampler
-        return inputs.latent_image
+        return inputs.latent_image, ""
     show = here.progress(model, inputs.steps)
     with here.interruptible():
         answer = remote.sample(request, on_progress=show, interrupted=here.interrupted)
-    return {**inputs.latent_image, "samples": finish(answer)}
+    return {**inputs.latent_image, "samples": finish(answer)}, ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import NotInTheLoop
 from comfy_xdit.protocol.spec import SAMPLERS
 
 if TYPE_CHECKING:  # the nodes import with nothing but the standard library installed
@@ -58,11 +58,10 @@ class SamplerInputs:
         return not math.isclose(self.cfg, 1.0)
 
     def check(self) -> None:
-        """Raise InvalidInput for a sampler that only a stock KSampler has."""
+        """Raise NotInTheLoop for a sampler that only a stock KSampler has."""
         if self.sampler_name not in SAMPLERS:
-            raise InvalidInput(
-                f"sampler {self.sampler_name!r} does not run in the ranks; choose one of "
-                f"{', '.join(SAMPLERS)}, or use the stock KSampler with this MODEL."
+            raise NotInTheLoop(
+                f"sampler {self.sampler_name!r} does not run in the ranks ({', '.join(SAMPLERS)} do)"
             )
 
 
@@ -134,8 +133,11 @@ class Surroundings(Protocol):
             The message, and what turns the answer into the samples of a LATENT: (B, C, H, W), unscaled.
 
         Raises:
-            InvalidInput: something in the inputs only a stock KSampler can do.
+            NotInTheLoop: something in the inputs the ranks' loop cannot do, and `drive` can.
         """
+
+    def drive(self, model: Any, inputs: SamplerInputs) -> torch.Tensor:
+        """The samples of KSampler's LATENT, whose loop runs in the host and calls the ranks at each step."""
 
     def progress(self, model: Any, steps: int) -> Callable[[Progress], None]:
         """What shows the ranks' progress on the running node."""

@@ -9,6 +9,10 @@ class InvalidInput(XDiTError, ValueError):
     """A value the person can correct. The text names the value, the limit and the remedy."""
 
 
+class NotInTheLoop(InvalidInput):
+    """The ranks' own sampling loop cannot run this. Calls of the transformer, one by one, still can."""
+
+
 class RemoteError(XDiTError, RuntimeError):
     """A rank raised: carries the rank, the type, the message and the rank's full traceback."""
 

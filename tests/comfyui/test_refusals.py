@@ -163,19 +163,6 @@ def test_what_is_no_model_is_refused():
         remote_of("model")
 
 
-def test_a_model_that_is_no_flow_is_refused_by_the_loop_in_the_ranks(run_node, model):
-    (changed,) = run_node(
-        "ModelSamplingContinuousEDM", model=model, sampling="eps", sigma_max=120.0, sigma_min=0.002
-    )
-
-    with pytest.raises(InvalidInput, match=r"samples flow models only.*stock KSampler"):
-        run_node(
-            "XDiTSampler", model=changed, seed=1, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple",
-            denoise=1.0, positive=random_conditioning(model, 1), negative=random_conditioning(model, 2),
-            latent_image=empty_latent(1, 8, 8),
-        )  # fmt: skip
-
-
 def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
     from comfy_xdit.comfy_types.clip import PromptReader, TextEncoders
     from comfy_xdit.protocol.spec import ModelSpec

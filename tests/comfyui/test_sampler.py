@@ -1,4 +1,4 @@
-"""XDiTSampler against the stock KSampler on the stock MODEL: the same numbers, or a refusal."""
+"""XDiTSampler against the stock KSampler on the stock MODEL: the same numbers, in the ranks' loop or not."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -117,64 +117,82 @@ def test_empty_latent_gets_the_models_channels(run_node, models):
     assert _difference(run_node, models, latent_image=latent) <= PER_RUN
 
 
-# ---------------------------------------------------------------------- what only KSampler can do
+# ---------------------------------------------------------------------- what the ranks' loop cannot do
 
 
 @pytest.fixture
-def model(run_node, tiny_sd3) -> SimpleNamespace:
+def pair(run_node, tiny_sd3) -> SimpleNamespace:
+    """The stock MODEL and ours on one rank, to be changed by a test."""
+    (stock,) = run_node("UNETLoader", unet_name=tiny_sd3, weight_dtype="default")
     (ours,) = run_node(
         "XDiTLoadDiffusionModel", unet_name=tiny_sd3, weight_dtype="default", parallel=layout(1)
     )
-    return SimpleNamespace(ours=ours.clone())
+    return SimpleNamespace(stock=stock.clone(), ours=ours.clone())
+
+
+def _driven(run_node, pair: SimpleNamespace, words: str, **changed: Any) -> float:
+    """The difference to KSampler of a run that says `words` on the node."""
+    settings = _settings(pair, **changed)
+    (expected,) = run_node("KSampler", model=pair.stock, **settings)
+    answer = run_node("XDiTSampler", model=pair.ours, **settings)
+    (text,) = answer["ui"]["text"]
+    assert text.startswith("Sampled as KSampler does it: ") and words in text
+    return relative_l2(answer["result"][0]["samples"], expected["samples"])
 
 
 @pytest.mark.parametrize(
     ("entry", "value", "words"),
     [
-        ("area", (8, 8, 0, 0), "an area"),
-        ("mask", torch.ones(1, 16, 16), "a mask"),
-        ("strength", 0.5, "a strength"),
-        ("start_percent", 0.2, "a range of steps"),
-        ("control", object(), "a stock ControlNet"),
-        ("hooks", object(), "hooks"),
+        ("area", (8, 8, 0, 0), "positive has an area (area)"),
+        ("mask", torch.ones(1, 16, 16) * 0.5, "positive has a mask (mask)"),
+        ("strength", 0.5, "positive has a strength (strength)"),
+        ("start_percent", 0.2, "positive has a range of steps (start_percent)"),
     ],
 )
-def test_special_conditioning_is_refused(run_node, model, entry, value, words):
-    positive = random_conditioning(model.ours, 1)
+def test_a_special_conditioning_is_driven_from_here(run_node, pair, entry, value, words):
+    positive = random_conditioning(pair.ours, 1)
     positive[0][1][entry] = value
-
-    with pytest.raises(InvalidInput, match=rf"positive has {words} \({entry}\).*stock KSampler"):
-        run_node("XDiTSampler", model=model.ours, **_settings(model, positive=positive))
+    assert _driven(run_node, pair, words, positive=positive) <= PER_RUN
 
 
-def test_several_conditionings_are_refused(run_node, model):
-    negative = random_conditioning(model.ours, 1) + random_conditioning(model.ours, 2)
-
-    with pytest.raises(InvalidInput, match=r"negative has 2 conditionings.*stock KSampler"):
-        run_node("XDiTSampler", model=model.ours, **_settings(model, negative=negative))
+def test_several_conditionings(run_node, pair):
+    negative = random_conditioning(pair.ours, 1) + random_conditioning(pair.ours, 2)
+    assert _driven(run_node, pair, "negative has 2 conditionings", negative=negative) <= PER_RUN
 
 
-def test_other_samplers_are_refused(run_node, model):
-    with pytest.raises(InvalidInput, match=r"sampler 'ddim'.*euler, heun, dpmpp_2m.*stock KSampler"):
-        run_node("XDiTSampler", model=model.ours, **_settings(model, sampler_name="ddim"))
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_sde", "res_multistep", "uni_pc"])
+def test_other_samplers(run_node, pair, sampler):
+    words = f"sampler '{sampler}' does not run in the ranks (euler, heun, dpmpp_2m do)"
+    assert _driven(run_node, pair, words, sampler_name=sampler) <= PER_RUN
 
 
-def test_patched_guidance_is_refused(run_node, model):
-    model.ours.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
-
-    with pytest.raises(InvalidInput, match=r"sampler_post_cfg_function.*stock KSampler"):
-        run_node("XDiTSampler", model=model.ours, **_settings(model))
-
-
-def test_video_latents_are_refused(run_node, model):
-    latent = {"samples": torch.zeros(1, 16, 3, 8, 8)}
-
-    with pytest.raises(InvalidInput, match=r"\(1, 16, 3, 8, 8\); the ranks' loop takes pictures"):
-        run_node("XDiTSampler", model=model.ours, **_settings(model, latent_image=latent))
+def test_patched_guidance(run_node, pair):
+    for model in (pair.stock, pair.ours):
+        model.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.9)
+    assert _driven(run_node, pair, "sampler_post_cfg_function") <= PER_RUN
 
 
-def test_wrappers_are_refused(run_node, model):
-    model.ours.add_wrapper("outer_sample", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+def test_a_model_that_is_no_flow(run_node, pair):
+    given = {"sampling": "eps", "sigma_max": 20.0, "sigma_min": 0.002}
+    changed = SimpleNamespace()
+    (changed.stock,) = run_node("ModelSamplingContinuousEDM", model=pair.stock, **given)
+    (changed.ours,) = run_node("ModelSamplingContinuousEDM", model=pair.ours, **given)
+    assert _driven(run_node, changed, "samples flow models") <= PER_RUN
 
-    with pytest.raises(InvalidInput, match=r"outer_sample.*stock KSampler"):
-        run_node("XDiTSampler", model=model.ours, **_settings(model))
+
+def test_wrappers(run_node, pair):
+    for model in (pair.stock, pair.ours):
+        model.add_wrapper("outer_sample", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    assert _driven(run_node, pair, "outer_sample") <= PER_RUN
+
+
+def test_under_pipefusion_there_is_no_other_loop(run_node, tiny_sd3):
+    (ours,) = run_node(
+        "XDiTLoadDiffusionModel",
+        unet_name=tiny_sd3,
+        weight_dtype="default",
+        parallel=layout(pipefusion_degree=2),
+    )
+    settings = _settings(SimpleNamespace(ours=ours), sampler_name="ddim")
+    with pytest.raises(InvalidInput, match=r"'ddim'.*with pipefusion_degree 2 there is no other loop"):
+        run_node("XDiTSampler", model=ours, **settings)
