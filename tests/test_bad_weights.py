@@ -16,7 +16,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Forget, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import IPAdapterFile, ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
 from tests import ip_adapter_files, tiny, vaes
 

@@ -24,7 +24,7 @@ from comfy_xdit.planning.auto import layout_beside, layout_of
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from comfy_xdit.ranks.environment import ROOT
-from comfy_xdit.ranks.group import running_groups
+from comfy_xdit.ranks.registry import running_groups
 
 DEMO = ROOT / "workflows" / "api" / "demo.json"
 UI_DEMO = ROOT / "workflows" / "demo.json"

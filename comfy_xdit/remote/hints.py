@@ -10,7 +10,7 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 
 PIXELS_PER_LATENT = 8
-PATCH = 2
+TOKEN_SIDE = 2  # latent pixels
 
 Encoder = Callable[[torch.Tensor], torch.Tensor]  # (B, H, W, 3) in 0..1 to unscaled latents
 
@@ -48,7 +48,7 @@ def hint_of(
     height, width = latent.shape[-2:]
     picture = image[..., :3].movedim(-1, 1).float()
     if takes == "pixels":
-        down, across = (-(-side // PATCH) * PATCH * PIXELS_PER_LATENT for side in (height, width))
+        down, across = (-(-side // TOKEN_SIDE) * TOKEN_SIDE * PIXELS_PER_LATENT for side in (height, width))
         return scaled(picture, down, across).contiguous()
     hint = encode(scaled(picture, height * ratio, width * ratio).movedim(1, -1))
     hint = hint.float()
