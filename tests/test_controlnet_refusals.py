@@ -54,12 +54,24 @@ FILES = {
         {name: torch.zeros(4, width) for name, width in zip(FLUX_NAMES, (4, 68, 64), strict=True)},
         r"hint of 17 channels beside a picture of 16: an inpainting ControlNet",
     ),
+    "short shape, Flux": (
+        {name: torch.zeros(4) for name in FLUX_NAMES},
+        r"controlnet_x_embedder\.weight has shape \(4,\), a ControlNet has a matrix there; .*again",
+    ),
+    "short shape, union": (
+        at(*FLUX_NAMES) | {"controlnet_mode_embedder.weight": torch.ones(())},
+        r"controlnet_mode_embedder\.weight has shape \(\), a ControlNet has a matrix there",
+    ),
+    "short shape, SD3": (
+        at("context_embedder.weight", FLUX_NAMES[0]) | {"pos_embed_input.proj.weight": torch.ones(1)},
+        r"pos_embed_input\.proj\.weight has shape \(1,\), a ControlNet has a matrix there",
+    ),
     "something else": (at("encoder.weight"), r"no ControlNet that runs in the ranks: its 1 tensors begin"),
 }  # fmt: skip
 BYTES = {
     "no bytes.safetensors": (b"", r"\(0 bytes\) is damaged or not a safetensors file"),
     "text.safetensors": (b"<html>404</html>", r"is damaged or not a safetensors file.*download it again"),
-    "pickle.pth": (b"\x80\x04", r"pickle file, which can run code; convert it to safetensors"),
+    "pickle.pth": (b"\x80\x04", r"pickle file, which can run code; convert it on a machine you trust"),
 }
 
 

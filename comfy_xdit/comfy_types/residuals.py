@@ -17,11 +17,13 @@ from safetensors import safe_open
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.safetensors_header import read_header
+from comfy_xdit.protocol.spec import changed
 
 # Lists by where a transformer adds them. Which of them a family reads, its file in the ranks says.
 PLACES = ("input", "output")
 # Layers of SD3 whose weights a ControlNet for SD3.5 takes over from the model it is used with.
 EMBEDDERS = ("x_embedder", "y_embedder")
+Stamp = tuple[int, int] | None  # size in bytes and modification time in ns; None where no file is
 
 
 def residuals(control: Mapping[str, Any] | None) -> dict[str, list[torch.Tensor | None]] | None:
@@ -58,22 +60,39 @@ def lend_embedders(transformer: torch.nn.Module, files: list[Path]) -> None:
     """
     if not hasattr(transformer, "joint_blocks"):
         return
+    stamps = {file: _stamp(file) for file in files}
     for name in EMBEDDERS:
         embedder = getattr(transformer, name)
-        embedder.state_dict = _lent(embedder, name, files)
+        embedder.state_dict = _lent(embedder, name, stamps)
 
 
-def _lent(embedder: torch.nn.Module, name: str, files: list[Path]) -> Callable[..., dict[str, Any]]:
-    """The `state_dict` of an embedder; refers to it weakly, for it will refer to this function."""
+def _lent(
+    embedder: torch.nn.Module, name: str, stamps: Mapping[Path, Stamp]
+) -> Callable[..., dict[str, Any]]:
+    """The `state_dict` of an embedder; refers to it weakly, for it will refer to this function.
+
+    `stamps` are the model's files, as they were when the model was loaded.
+    """
     owner = weakref.ref(embedder)
     stock, names = type(embedder).state_dict, tuple(embedder.state_dict())
 
     def state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
         if args or kwargs:  # as a part of the whole transformer, which nobody may read
             return stock(owner(), *args, **kwargs)
-        return {part: _stored(files, f"{name}.{part}") for part in names}
+        for file, stamp in stamps.items():
+            if _stamp(file) != stamp:
+                raise InvalidInput(changed(str(file)))
+        return {part: _stored(list(stamps), f"{name}.{part}") for part in names}
 
     return state_dict
+
+
+def _stamp(file: Path) -> Stamp:
+    """Of a file as it is now."""
+    if not file.is_file():
+        return None
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _stored(files: list[Path], name: str) -> torch.Tensor:

@@ -36,6 +36,11 @@ class XDiTLoadPipeline:
             "optional": {"parallel": PARALLEL},
         }
 
+    @classmethod
+    def IS_CHANGED(cls, pipeline: str, **_: Any) -> tuple[int, int]:
+        """Another file in the folder makes another model."""
+        return ModelSpec.of(surroundings().path("diffusers", pipeline), "transformer").stamp
+
     def load(
         self, pipeline: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None = None
     ) -> tuple[Any, Any, Any]:
@@ -76,6 +81,11 @@ class XDiTLoadDiffusionModel:
             "optional": {"parallel": PARALLEL},
         }
 
+    @classmethod
+    def IS_CHANGED(cls, unet_name: str, **_: Any) -> tuple[int, int]:
+        """Another file under the same name is another model."""
+        return ModelSpec.of(surroundings().path("diffusion_models", unet_name), "transformer").stamp
+
     def load(
         self, unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None = None
     ) -> tuple[Any]:
@@ -104,4 +114,4 @@ def planned(
 
     here.begin()
     with here.interruptible():
-        return layout_of(parallel or Automatic(), spec, here.interrupted)
+        return layout_of(Automatic() if parallel is None else parallel, spec, here.interrupted)

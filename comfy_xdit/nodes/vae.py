@@ -29,6 +29,11 @@ class XDiTLoadVAE:
             "optional": {"parallel": PARALLEL},
         }
 
+    @classmethod
+    def IS_CHANGED(cls, vae_name: str, **_: Any) -> tuple[int, int]:
+        """Another file under the same name is another VAE."""
+        return ModelSpec.of(surroundings().path("vae", vae_name), "vae").stamp
+
     def load(self, vae_name: str, parallel: ParallelConfig | Automatic | None = None) -> tuple[Any]:
         """Start the ranks if need be, and have them load."""
         from comfy_xdit.planning.auto import layout_beside
@@ -36,7 +41,8 @@ class XDiTLoadVAE:
 
         here = surroundings()
         spec = ModelSpec.of(here.path("vae", vae_name), "vae")
-        return (here.vae_of(loaded(RemoteVAE(spec, layout_beside(parallel or Automatic())), here)),)
+        layout = layout_beside(Automatic() if parallel is None else parallel)
+        return (here.vae_of(loaded(RemoteVAE(spec, layout), here)),)
 
 
 class XDiTVAEDecode:

@@ -55,10 +55,11 @@ class ModelSpec:
     def check(self) -> None:
         """Raise InvalidInput if what is at the path is no longer what it was."""
         if ModelSpec.of(self.path, self.kind, self.weight_dtype) != self:
-            raise InvalidInput(_changed(self.path))
+            raise InvalidInput(changed(self.path))
 
 
-def _changed(path: str) -> str:
+def changed(path: str) -> str:
+    """What to say of a file that is another one than was named."""
     return f"{path} was changed after the node that loads it had run; run the workflow again."
 
 
@@ -102,7 +103,7 @@ class AdapterFile:
     def check(self) -> None:
         """Raise InvalidInput if it is no longer the file it was."""
         if type(self).of(self.path) != self:
-            raise InvalidInput(_changed(self.path))
+            raise InvalidInput(changed(self.path))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class ControlNet:
     def check(self) -> None:
         """Raise InvalidInput if it is no longer what it was."""
         if ControlNet.of(self.path) != self:
-            raise InvalidInput(_changed(self.path))
+            raise InvalidInput(changed(self.path))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import os
+import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import DEMO, empty_latent, layout, random_conditioning
 from tests.comfyui.server import Client, Run, Server
@@ -69,6 +72,52 @@ def test_unloading_all_models_releases_the_ranks_and_the_next_run_loads_again(ru
 
     assert all(rank["bytes"] == rank["tensors"] == rank["patches"] == 0 for rank in _ranks(model))
     assert (_sample(run_node, model) == before).all()
+
+
+def test_a_file_replaced_while_its_model_is_cached_is_refused_until_the_loader_runs(
+    comfyui, run_node, tiny_sd3
+):
+    import comfy.model_management
+
+    file = comfyui.models / "diffusion_models" / "replaced.safetensors"
+    shutil.copy(comfyui.models / "diffusion_models" / tiny_sd3, file)
+    inputs = {"unet_name": file.name, "weight_dtype": "default", "parallel": layout(2)}
+    node = comfyui.mappings["XDiTLoadDiffusionModel"]
+    (cached,), stamp = run_node("XDiTLoadDiffusionModel", **inputs), node.IS_CHANGED(**inputs)
+    before = _sample(run_node, cached)
+    assert node.IS_CHANGED(**inputs) == stamp  # what ComfyUI asks before it takes an output from its cache
+
+    save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file)
+    comfy.model_management.unload_all_models()
+
+    assert node.IS_CHANGED(**inputs) != stamp
+    with pytest.raises(
+        InvalidInput, match=r"replaced\.safetensors was changed after the node .* run the work"
+    ):
+        _sample(run_node, cached)
+    with pytest.raises(InvalidInput, match=r"replaced\.safetensors was changed after the node"):
+        cached.model.diffusion_model.x_embedder.state_dict()  # lent to ControlNets
+    (again,) = run_node("XDiTLoadDiffusionModel", **inputs)
+    assert not (_sample(run_node, again) == before).all()
+
+
+def test_the_loaders_of_pipelines_and_vaes_notice_other_files(comfyui):
+    folder = comfyui.models / "diffusers" / "copied"
+    shutil.copytree(DEMO / "pipeline", folder)
+    file = comfyui.models / "vae" / "copied.safetensors"
+    shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", file)
+    pipeline, vae = (comfyui.mappings[f"XDiTLoad{what}"] for what in ("Pipeline", "VAE"))
+    before = (
+        pipeline.IS_CHANGED(pipeline="copied", weight_dtype="default"),
+        vae.IS_CHANGED(vae_name=file.name),
+    )
+    for changed in (folder / "vae" / "config.json", file):
+        status = changed.stat()
+        os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    after = pipeline.IS_CHANGED(pipeline="copied", weight_dtype="default"), vae.IS_CHANGED(vae_name=file.name)
+    assert before[0] != after[0] and before[1] != after[1]
+    shutil.rmtree(folder)
+    file.unlink()
 
 
 def test_making_room_for_others_is_an_idle_hint_only(run_node, model):
