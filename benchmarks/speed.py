@@ -31,7 +31,7 @@ from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.environment import ROOT
-from comfy_xdit.ranks.group import running_groups
+from comfy_xdit.ranks.registry import running_groups
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.models.flux.family import Flux

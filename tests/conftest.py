@@ -31,7 +31,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _no_group_survives() -> Iterator[None]:
     """Every group the tests started is closed at the end, so that no rank outlives the run."""
     yield
-    from comfy_xdit.ranks.group import running_groups
+    from comfy_xdit.ranks.registry import running_groups
 
     for group in running_groups():
         group.close()

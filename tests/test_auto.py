@@ -15,7 +15,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import running_groups
+from comfy_xdit.ranks.registry import running_groups
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.models.flux.family import Flux

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from comfy_xdit import cli
 from comfy_xdit.headless.workflow import PACK_MODULE, NodeFailed, node_classes, run_file
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.ranks.group import running_groups
+from comfy_xdit.ranks.registry import running_groups
 from tests import tiny
 from worker.models.sd3.family import SD3
 

@@ -18,7 +18,7 @@ from comfy_xdit.protocol.messages import Forget, Keep, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks import holders as life
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.hints import scaled
 from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.remote.vae import RemoteVAE

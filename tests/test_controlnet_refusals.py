@@ -16,7 +16,7 @@ from comfy_xdit.nodes.controlnet import apply_controlnet, open_controlnet
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import controlnets, tiny
 from tests.controlnets import NETS, applied, hint_for, made, random

@@ -17,7 +17,7 @@ from comfy_xdit.protocol.messages import Forget, ImagePrompt, Keep, Known, Statu
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import IPAdapterFile, ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.ip_adapter import at_sigmas, negative_rows
 from comfy_xdit.remote.model import RemoteModel
 from tests import ip_adapter_files, lora_files, tiny

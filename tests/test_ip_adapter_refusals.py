@@ -14,7 +14,7 @@ from comfy_xdit.nodes.ip_adapter import apply_ip_adapter, load_ip_adapter
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.ip_adapter import at_sigmas
 from comfy_xdit.remote.model import RemoteModel
 from tests import lora_files, tiny

@@ -13,7 +13,8 @@ from comfy_xdit.protocol.messages import Forget, Load, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks import holders as life
-from comfy_xdit.ranks.group import WorkerGroup, holders, running_groups, worker_group
+from comfy_xdit.ranks.group import WorkerGroup
+from comfy_xdit.ranks.registry import holders, running_groups, worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.store import BUDGET, ModelStore

@@ -16,7 +16,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import lora_files, tiny
 from tests.lora_files import NAMINGS, merged, write

@@ -11,7 +11,7 @@ from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from tests.lora_files import NAMINGS, write

@@ -8,7 +8,7 @@ import threading
 import psutil
 
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import pipefusion_runs as runs
 

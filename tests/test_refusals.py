@@ -16,7 +16,7 @@ from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, parse_devices
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
 from worker.checkpoints import read_json

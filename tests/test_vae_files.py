@@ -15,7 +15,7 @@ from torch import nn
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.vae import RemoteVAE
 from tests import vaes
 from tests.tiny import relative_l2

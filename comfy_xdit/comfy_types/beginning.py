@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_management
 
 from comfy_xdit.comfy_types.contract import findings
-from comfy_xdit.ranks.group import holders
+from comfy_xdit.ranks.registry import holders
 
 _log = logging.getLogger(__name__)
 

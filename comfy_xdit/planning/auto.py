@@ -22,7 +22,7 @@ from comfy_xdit.planning.topology import this_machine
 from comfy_xdit.protocol.messages import Check
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import running_groups, worker_group
+from comfy_xdit.ranks.registry import running_groups, worker_group
 
 NAME = "models.json"
 KEPT = 200  # descriptions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import os
@@ -22,7 +21,6 @@ from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig, available_devi
 from comfy_xdit.protocol.rpc import Event, Host
 from comfy_xdit.ranks.agreement import agree, is_consequence
 from comfy_xdit.ranks.environment import ROOT, rank_environment
-from comfy_xdit.ranks.holders import Holders
 
 START_SECONDS = 180.0
 CALL_SECONDS = 3600.0  # without any sign of life from a rank; progress starts it anew
@@ -357,41 +355,3 @@ def _raising(interrupted: Callable[[], bool] | None) -> Callable[[], bool] | Non
         return False
 
     return check if interrupted is not None else None
-
-
-_groups: dict[ParallelConfig, WorkerGroup] = {}
-_groups_lock = threading.Lock()
-
-
-def worker_group(parallel: ParallelConfig) -> WorkerGroup:
-    """The group of this layout.
-
-    Another one is closed first if it would share a GPU with it, whose memory two groups would fill,
-    or if nobody holds a model in it any more.
-    """
-    parallel = parallel.check(available_devices())
-    with _groups_lock:
-        for other in [key for key in _groups if key != parallel]:
-            if _share_a_gpu(other, parallel) or not holders.is_held(other):
-                _groups.pop(other).close()
-        if parallel not in _groups:
-            _groups[parallel] = WorkerGroup(parallel)
-        return _groups[parallel]
-
-
-def _share_a_gpu(one: ParallelConfig, other: ParallelConfig) -> bool:
-    return any(device != "cpu" for device in set(one.devices) & set(other.devices))
-
-
-def running_groups() -> list[WorkerGroup]:
-    """Every group of this process that has been asked for and not closed."""
-    return list(_groups.values())
-
-
-holders = Holders(running_groups)
-
-
-@atexit.register
-def _close_all() -> None:
-    while _groups:
-        _groups.popitem()[1].close()

@@ -17,19 +17,24 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from comfy_xdit.protocol.errors import XDiTError
 from comfy_xdit.protocol.messages import Forget
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 
-if TYPE_CHECKING:
-    from comfy_xdit.ranks.group import WorkerGroup
-
 LINGER_SECONDS = 60.0
 RELEASE_SECONDS = 5.0  # how long ComfyUI's own thread waits for ranks that are busy
 _log = logging.getLogger(__name__)
+
+
+class Group(Protocol):
+    """The ranks of one layout, as far as they are told here."""
+
+    parallel: ParallelConfig
+
+    def tell(self, message: Any) -> Any: ...
 
 
 class Names(Protocol):
@@ -55,7 +60,7 @@ class Holders:
         groups: the groups there are.
     """
 
-    def __init__(self, groups: Callable[[], Iterable[WorkerGroup]]):
+    def __init__(self, groups: Callable[[], Iterable[Group]]):
         self._groups = groups
         self._lock = threading.Lock()
         self._count: Counter[tuple[ParallelConfig, ModelSpec | ControlNet]] = Counter()
@@ -137,7 +142,7 @@ class Holders:
                 _tell(group, Forget(tuple(specs), names))
 
 
-def _tell(group: WorkerGroup, message: Forget) -> None:
+def _tell(group: Group, message: Forget) -> None:
     """Tell a group that runs. One that fails has lost its memory already, and the next call says why."""
     try:
         group.tell(message)

@@ -13,7 +13,7 @@ from typing import Any
 from comfy_xdit.protocol.messages import Check, Load, Result
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import ModelSpec
-from comfy_xdit.ranks.group import holders, running_groups, worker_group
+from comfy_xdit.ranks.registry import holders, running_groups, worker_group
 
 Interrupt = Callable[[], bool]
 

@@ -15,7 +15,7 @@ from comfy_xdit.protocol.controlnet_files import ControlNetKind
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import CONTROL_TYPES, ControlNet
-from comfy_xdit.ranks.group import holders, worker_group
+from comfy_xdit.ranks.registry import holders, worker_group
 from comfy_xdit.remote.hints import Encoder, check_picture, hint_of
 from comfy_xdit.remote.model import RemoteModel
 

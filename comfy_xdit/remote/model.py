@@ -23,7 +23,7 @@ from comfy_xdit.protocol.messages import (
 )
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import IPAdapterFile, LoraFile
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.base import Interrupt, Remote
 from comfy_xdit.remote.ip_adapter import PicturePrompt, check_files, refuse_stages
 from comfy_xdit.remote.sent import SentTensors, sent_patches

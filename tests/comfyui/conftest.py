@@ -64,7 +64,7 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         for path in (*filter(Path.is_file, extras), ROOT):
             assert asyncio.run(nodes.load_custom_node(str(path))), f"ComfyUI could not load {path}"
         yield SimpleNamespace(nodes=nodes, models=models, mappings=nodes.NODE_CLASS_MAPPINGS)
-    from comfy_xdit.ranks.group import running_groups
+    from comfy_xdit.ranks.registry import running_groups
 
     for group in running_groups():
         group.close()

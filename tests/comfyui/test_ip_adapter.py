@@ -204,7 +204,7 @@ def test_weight_0_gives_the_same_model(case, run_node):
 def test_an_interrupt_leaves_the_ranks_warm(case, run_node, monkeypatch):
     import comfy.model_management as management
 
-    from comfy_xdit.ranks.group import running_groups
+    from comfy_xdit.ranks.registry import running_groups
     from comfy_xdit.remote.model import RemoteModel
 
     model = applied(case, run_node)

@@ -53,7 +53,7 @@ def _sample(run_node, model) -> Any:
 def _ranks(model: Any) -> list[dict[str, Any]]:
     from comfy_xdit.comfy_types.model import remote_of
     from comfy_xdit.protocol.messages import Status
-    from comfy_xdit.ranks.group import worker_group
+    from comfy_xdit.ranks.registry import worker_group
 
     group = worker_group(remote_of(model).parallel)
     return [group.call(Status(), ranks=(rank,)).value for rank in range(2)]

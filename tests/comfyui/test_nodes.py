@@ -5,7 +5,7 @@ import pytest
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.ranks.environment import ROOT
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from tests.comfyui.inputs import DEMO, empty_latent, layout, random_conditioning
 from tests.test_surroundings import lacking
 

@@ -139,7 +139,7 @@ def test_interrupt_leaves_the_ranks_warm(pair: SimpleNamespace, run_node: Any):
     import comfy.model_management as management
 
     from comfy_xdit.comfy_types.model import remote_of
-    from comfy_xdit.ranks.group import worker_group
+    from comfy_xdit.ranks.registry import worker_group
 
     (vae,) = run_node("XDiTLoadVAE", vae_name=pair.name, parallel=layout(2))
     latent = {"samples": random(1, 16, 24, 24)}

@@ -98,7 +98,7 @@ def test_the_same_pictures(graph: SimpleNamespace):
 def test_an_interrupt_leaves_the_ranks_and_the_result_as_they_were(graph: SimpleNamespace, monkeypatch):
     import comfy.model_management as management
 
-    from comfy_xdit.ranks.group import running_groups
+    from comfy_xdit.ranks.registry import running_groups
     from comfy_xdit.remote.model import RemoteModel
 
     before = by_ours(graph)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.ranks.group import worker_group
+from comfy_xdit.ranks.registry import worker_group
 from tests import controlnets
 from tests.comfyui.inputs import (
     FAMILIES,
