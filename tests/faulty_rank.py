@@ -68,6 +68,7 @@ def be_ended(number: int) -> None:
 
 DEEDS = {
     "nothing": lambda: None,
+    "lose the heartbeat": lambda: None,
     "hang": hang,
     "hang with the interpreter": hang_with_the_interpreter,
     "sleep": lambda seconds: time.sleep(seconds),
@@ -92,6 +93,9 @@ def _faulty(end: Rank, _invitation: Invitation) -> None:
         for step in range(steps):
             compute(0.05)
             asked.step(step + 1, steps + 1)
+        if what == "lose the heartbeat" and rank == end.rank:
+            end.ask_device = lambda: words["missing"]
+            hang()
         value = DEEDS[what](**words) if rank in (None, end.rank) else None
         if end.world_size > 1:
             dist.barrier()

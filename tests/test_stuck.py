@@ -146,6 +146,14 @@ def test_an_error_in_the_host_waits_no_longer_than_a_cancel(ready, impatient):
     assert runs(ready)
 
 
+def test_a_rank_whose_own_watch_ends_is_an_error_at_once(ready):
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"rank 1 .*exited with code 18[\s\S]*KeyError: 'missing'"):
+        ready.call(do("lose the heartbeat", rank=1))
+    assert time.monotonic() - began < SOON
+    assert runs(ready)
+
+
 # ---------------------------------------------------------------------- slow
 
 

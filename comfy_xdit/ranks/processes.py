@@ -17,8 +17,10 @@ from comfy_xdit.protocol.rpc import Event, Host, Reported
 from comfy_xdit.ranks.environment import ROOT, rank_environment
 
 KILL_SECONDS = 5.0
-STACK_SECONDS = 1.0  # for all ranks to write where they are; a stopped one cannot
+STACK_SECONDS = 2.5  # for all ranks to write where they are
 STACK_POLL_SECONDS = 0.02
+# How the stack of a main thread ends; of more than a hundred frames faulthandler leaves the rest out.
+_LAST_FRAMES = ("in _run_module_as_main", "...")
 TAIL_CHARACTERS = 3000
 TAIL_BYTES = 64 << 10
 NEXT = "Press Run again: new ranks start."
@@ -98,20 +100,18 @@ class RankProcesses:
     def stacks(self, ranks: Collection[int]) -> str:
         """The Python stacks of some ranks, written by the ranks themselves (faulthandler) into their logs."""
         begins = {rank: _size(self._logs[rank]) for rank in ranks}
-        for rank in ranks:
+        asked = [rank for rank in ranks if _is_up(self._processes[rank].pid)]  # a stopped one cannot answer
+        for rank in asked:
             self._processes[rank].send_signal(signal.SIGUSR1)
-        deadline, sizes, before = time.monotonic() + STACK_SECONDS, dict(begins), None
-        # Complete when every log has grown, and none grows any more.
-        while time.monotonic() < deadline and (
-            sizes != before or any(sizes[rank] == begins[rank] for rank in ranks)
-        ):
+        deadline, written = time.monotonic() + STACK_SECONDS, dict.fromkeys(ranks, "")
+        while asked and time.monotonic() < deadline:
             time.sleep(STACK_POLL_SECONDS)
-            before, sizes = sizes, {rank: _size(self._logs[rank]) for rank in ranks}
-        return "\n".join(self._stack(rank, begins[rank]) for rank in ranks)
-
-    def _stack(self, rank: int, begin: int) -> str:
-        text = _written(self._logs[rank], begin)
-        return f"Where rank {rank} is:\n{text}" if text else f"Rank {rank} does not say where it is."
+            written |= {rank: _written(self._logs[rank], begins[rank]) for rank in asked}
+            asked = [rank for rank in asked if not written[rank].endswith(_LAST_FRAMES)]
+        return "\n".join(
+            f"Where rank {rank} is:\n{text}" if text else f"Rank {rank} does not say where it is."
+            for rank, text in written.items()
+        )
 
     def _spawn(self, program: str, rank: int, bridge: Host) -> subprocess.Popen[bytes]:
         invitation = bridge.invitation(rank)
