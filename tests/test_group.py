@@ -115,14 +115,16 @@ def test_a_killed_rank_is_an_error_in_two_seconds_and_the_next_call_runs(group, 
     with pytest.raises(WorkerDied, match=rf"rank {victim} .*SIGKILL[\s\S]*log") as caught:
         group.call(long_run(tiny_models["sd3"], 5000), on_progress=kill_once)
     assert time.monotonic() - killed[0] < SOON, caught.value
+    text = str(caught.value)
+    assert "in Sample, after step" in text and "Press Run again: new ranks start." in text
+    assert "DEBUG" not in text and "Warning" not in text, "the noise of libraries"
     assert group.call(long_run(tiny_models["sd3"], 2)).value.shape == (1, 16, 8, 8)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_stuck_rank_is_an_error_in_seconds(group, tiny_models, monkeypatch, victim):
-    """A stopped process neither ends nor closes a connection: only its heartbeat is missing."""
+def test_a_stuck_rank_is_an_error_in_seconds(group, tiny_models, victim):
+    """A stopped process neither ends nor closes a connection: only the system tells."""
     group.call(long_run(tiny_models["sd3"], 2))
-    monkeypatch.setattr("comfy_xdit.ranks.group.STUCK_SECONDS", 4.0)
     stopped = []
 
     def stop_once(progress):
@@ -133,7 +135,6 @@ def test_a_stuck_rank_is_an_error_in_seconds(group, tiny_models, monkeypatch, vi
     with pytest.raises(WorkerDied, match=rf"rank {victim} .*is stuck"):
         group.call(long_run(tiny_models["sd3"], 5000), on_progress=stop_once)
     assert time.monotonic() - stopped[0] < 10.0
-    monkeypatch.undo()
     assert group.call(long_run(tiny_models["sd3"], 2)).value.shape == (1, 16, 8, 8)
 
 

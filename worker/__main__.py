@@ -1,6 +1,8 @@
 """Start of a rank: read the invitation, join the others, serve until told to stop."""
 
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -19,6 +21,8 @@ def main() -> None:
 
 def run(program: Callable[[Rank, Invitation], None]) -> None:
     """Run `program` as a rank. Standard input carries the invitation and, by its end, the host's end."""
+    # How the host learns where a rank hangs: it works whatever the interpreter does.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     invitation = Invitation.read(_line(sys.stdin.fileno()))
     lifeline.follow(invitation.host_pid, sys.stdin.fileno())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -43,8 +47,18 @@ def _engine(end: Rank, invitation: Invitation) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     groups = RankGroups(end, Degrees.of(ParallelConfig(**invitation.degrees)), device)
     engine = Engine(groups)
+    if device.type == "cuda":
+        end.ask_device = lambda: _has_work(device)
     end.send(0, Ready(engine.report()))
     serve(end, engine.handlers(), device, groups.agree)
+
+
+def _has_work(device: torch.device) -> bool:
+    """Whether the GPU has not done all that it was given; asked by a thread beside the rank's work."""
+    try:
+        return not torch.cuda.default_stream(device).query()
+    except RuntimeError:  # the device has failed: the rank's own work says how
+        return False
 
 
 def _line(descriptor: int) -> bytes:

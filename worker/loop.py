@@ -13,6 +13,8 @@ from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Cancelled, Failure, Result, Stop
 from comfy_xdit.protocol.rpc import Rank
 
+TEXT_LIMIT = 16_000  # characters of a message or traceback that cross the bridge: nobody reads more
+
 
 class Run:
     """One command while it runs: reports steps and learns of an interrupt."""
@@ -34,6 +36,7 @@ class Run:
     def report(self, step: int, steps: int, preview: torch.Tensor | None = None) -> None:
         """The part of `step` that tells the host."""
         self.steps_done = step
+        self._end.beat()
         if self._end.rank == 0:
             self._end.progress(self._job, step, steps, preview)
 
@@ -43,6 +46,7 @@ class Run:
         Raises:
             Interrupted: as `step`.
         """
+        self._end.beat()
         if self._agree(self.asked()):
             self.stop(self.steps_done)
 
@@ -73,19 +77,37 @@ def serve(
         job, message = end.receive(device)
         if isinstance(message, Stop):
             return
-        run = Run(end, job, agree)
-        end.send(job, _answer(handlers[type(message)], message, run))
+        answer = _answer(handlers, message, Run(end, job, agree))
+        try:
+            end.send(job, answer)
+        except (TypeError, ValueError) as error:  # too long, or nothing that crosses: said in its place
+            end.send(job, _failure(error, invalid=False))
 
 
-def _answer(handler: Callable[[Any, Run], Any], message: Any, run: Run) -> Result | Failure | Cancelled:
+def _answer(
+    handlers: dict[type, Callable[[Any, Run], Any]], message: Any, run: Run
+) -> Result | Failure | Cancelled:
     began = time.perf_counter()
     try:
         with torch.inference_mode():
-            value = handler(message, run)
+            value = handlers[type(message)](message, run)
         return Result(value, time.perf_counter() - began)
     except Interrupted:
         return Cancelled(run.steps_done)
     except InvalidInput as error:
-        return Failure(type(error).__name__, str(error), traceback.format_exc(), invalid=True)
+        return _failure(error, invalid=True)
     except Exception as error:
-        return Failure(type(error).__name__, str(error), traceback.format_exc(), invalid=False)
+        return _failure(error, invalid=False)
+
+
+def _failure(error: Exception, invalid: bool) -> Failure:
+    return Failure(type(error).__name__, _clip(str(error)), _clip(traceback.format_exc()), invalid)
+
+
+def _clip(text: str) -> str:
+    """The beginning and the end of a long text."""
+    left_out = len(text) - TEXT_LIMIT
+    if left_out <= 0:
+        return text
+    half = TEXT_LIMIT // 2
+    return f"{text[:half]}\n[... {left_out} characters left out ...]\n{text[-half:]}"

@@ -1,5 +1,7 @@
 """What can go wrong, in the words a person reads on a node. Nothing else is raised on purpose."""
 
+from __future__ import annotations
+
 
 class XDiTError(Exception):
     """Base of every error the pack raises on purpose; its text is meant for the person at the graph."""
@@ -26,6 +28,20 @@ class RemoteError(XDiTError, RuntimeError):
         words = ("out of memory", "can't allocate memory")
         kinds = ("OutOfMemoryError", "MemoryError")
         return self.kind in kinds or any(word in self.message.lower() for word in words)
+
+
+class OutOfDeviceMemory(RemoteError):
+    """A rank's device had no memory left. The text says what needs less."""
+
+    @classmethod
+    def of(cls, error: RemoteError) -> OutOfDeviceMemory:
+        """The same with the remedy."""
+        remedy = (
+            "The rank's device has no memory left for this. What needs less: shard_weights or "
+            "pipefusion_degree 2 in xDiT Parallel Config (each rank then keeps a part of the model), "
+            "more ranks (ulysses_degree), a smaller picture or batch, tiles in xDiT VAE Decode."
+        )
+        return cls(error.rank, error.kind, f"{error.message}\n{remedy}", error.traceback)
 
 
 class WorkerDied(XDiTError, RuntimeError):

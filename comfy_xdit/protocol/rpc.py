@@ -1,43 +1,49 @@
 """The bridge: RPC on torch.distributed's TCPStore. The only file that knows the transport.
 
 Each rank has a queue of commands, the host one queue of events. A message is a JSON head, signed
-with HMAC-SHA256 over queue, sender, sequence number and bytes; its tensors lie in shared memory.
-The secret goes to a rank over its standard input. The store listens on 127.0.0.1 only: given a
-host name it would bind every interface, so it is given a bound socket.
+(see signed.py); its tensors lie in shared memory. The secret goes to a rank over its standard input.
+The store listens on 127.0.0.1 only: given a host name it would bind every interface, so it is given
+a bound socket. docs/security.md lists what lies in the store.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import os
 import queue
 import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.protocol.errors import WorkerDied
 from comfy_xdit.protocol.messages import Progress, flatten, rebuild
-from comfy_xdit.protocol.shared_memory import ALIGNMENT, HEADER_BYTES, Segment
+from comfy_xdit.protocol.shared_memory import ALIGNMENT, HEADER_BYTES, Segment, anonymous_file
+from comfy_xdit.protocol.signed import Sequence, Signer, Unsigned
 
 LOOPBACK = "127.0.0.1"
 IDLE = timedelta(days=3650)  # a rank waits for its next command as long as its host lives
 OPERATION = timedelta(seconds=60)
-# TCPStore breaks the connection for good above 8 MiB; heads are far smaller.
-HEAD_LIMIT = 4 << 20
+CLOSE_SECONDS = 5.0  # for the reader to end
 HEARTBEAT_SECONDS = 0.5
+IDLE_SHARE = 0.05  # of a core: a process that uses less waits for something, maybe for its device
 EVENTS = "events"
 
 
 @dataclass(frozen=True)
 class Invitation:
-    """What a rank needs to join: written as one JSON line to its standard input."""
+    """What a rank needs to join: written as one JSON line to its standard input.
+
+    `inbound`, `outbound` and `meeting` are descriptors of anonymous files that the rank inherits.
+    """
 
     rank: int
     world_size: int
@@ -45,8 +51,14 @@ class Invitation:
     secret: str
     inbound: int
     outbound: int
+    meeting: int
     host_pid: int
     degrees: dict[str, int]  # and whether weights are sharded
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What the rank must inherit."""
+        return self.inbound, self.outbound, self.meeting
 
     def line(self) -> bytes:
         """The invitation as one line."""
@@ -58,53 +70,11 @@ class Invitation:
         return cls(**json.loads(line))
 
 
-class _Signed:
-    """Messages with a signature over sender, receiver, place in the sequence, and content."""
-
-    def __init__(self, secret: str):
-        self._key = secret.encode()
-
-    def seal(self, route: str, sequence: int, head: dict[str, Any]) -> bytes:
-        body = json.dumps({"route": route, "sequence": sequence, **head}).encode()
-        if len(body) > HEAD_LIMIT:
-            raise ValueError(
-                f"a message head of {len(body)} bytes is over {HEAD_LIMIT}; send tensors instead"
-            )
-        return hmac.digest(self._key, body, "sha256") + body
-
-    def open(self, sealed: bytes) -> dict[str, Any]:
-        mac, body = sealed[:32], sealed[32:]
-        if not hmac.compare_digest(mac, hmac.digest(self._key, body, "sha256")):
-            raise WorkerDied("a message on the bridge has a bad signature; the group is stopped")
-        return json.loads(body)
-
-
-class _Sequence:
-    """Counts what was sent on a route and checks what is received: nothing lost, nothing replayed."""
-
-    def __init__(self) -> None:
-        self._next: dict[str, int] = {}
-
-    def next(self, route: str) -> int:
-        """The number of the next message."""
-        return self._next.get(route, 0)
-
-    def take(self, route: str) -> int:
-        """The number of the message that is on its way now."""
-        number = self.next(route)
-        self._next[route] = number + 1
-        return number
-
-    def check(self, head: dict[str, Any]) -> None:
-        if head["sequence"] != (expected := self.take(head["route"])):
-            raise WorkerDied(f"message {head['sequence']} on {head['route']}, expected {expected}")
-
-
 @dataclass(frozen=True)
 class Event:
     """Something happened: a rank's message, its end, or `fault` when the bridge itself failed.
 
-    `nbytes` is what crossed the bridge for it.
+    `nbytes` is what crossed the bridge for it. `closed`: somebody ends the group.
     """
 
     rank: int
@@ -113,6 +83,25 @@ class Event:
     nbytes: int = 0
     exit_code: int | None = None
     fault: BaseException | None = None
+    closed: bool = False
+
+
+class Reported:
+    """However what runs in this context ends, by any exception too, `inbox` learns of it.
+
+    For the whole life of a thread: no thread of the bridge ends in silence.
+    """
+
+    def __init__(self, inbox: queue.SimpleQueue[Event], name: str):
+        self._inbox, self._name = inbox, name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, fault: BaseException | None, _trace: TracebackType | None
+    ) -> bool:
+        self._inbox.put(Event(-1, fault=fault or EOFError(f"the {self._name} ended")))
+        return True  # the inbox is where it is handled
 
 
 class Host:
@@ -128,19 +117,24 @@ class Host:
             master_listen_fd=listener.detach(),
         )  # fmt: skip
         self._secret = secrets.token_hex(32)
-        self._signed, self._sequence, self._seen = _Signed(self._secret), _Sequence(), _Sequence()
+        self._signer, self._sequence, self._seen = Signer(self._secret), Sequence(), Sequence()
         self._outbound = Segment()
         self._inbound = [Segment() for _ in range(world_size)]
+        self._meeting = anonymous_file()
+        self._routes = tuple(f"{EVENTS}/{rank}" for rank in range(world_size))
         self._host_pid, self._degrees = host_pid, degrees
+        self._closing = False
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, args=(self._store.clone(),), daemon=True)
+        self._reader = threading.Thread(
+            target=self._read, args=(self._store.clone(),), name="comfy_xdit events", daemon=True
+        )
         self._reader.start()
 
     def invitation(self, rank: int) -> Invitation:
         """What the process of `rank` must be told."""
         return Invitation(
-            rank, len(self._inbound), self._port, self._secret,
-            self._outbound.descriptor, self._inbound[rank].descriptor, self._host_pid, self._degrees,
+            rank, len(self._inbound), self._port, self._secret, self._outbound.descriptor,
+            self._inbound[rank].descriptor, self._meeting, self._host_pid, self._degrees,
         )  # fmt: skip
 
     def send(self, ranks: list[int], job: int, message: Any) -> int:
@@ -153,7 +147,7 @@ class Host:
         head = {"job": job, "body": flat.head, "tensors": self._outbound.write(flat.tensors)}
         routes = [f"commands/{rank}" for rank in ranks]
         # Sealed first: a head that is too long is refused before any rank has got one.
-        sealed = [self._signed.seal(route, self._sequence.next(route), head) for route in routes]
+        sealed = [self._signer.seal(route, self._sequence.next(route), head) for route in routes]
         for route, envelope in zip(routes, sealed, strict=True):
             self._sequence.take(route)
             self._store.queue_push(route, envelope)
@@ -167,36 +161,50 @@ class Host:
             return None
 
     def silent_for(self, rank: int) -> float:
-        """Seconds since the process of `rank` last showed that it runs; 0 before the first time."""
+        """Seconds since the interpreter of `rank` last ran; 0 before the first time."""
         last = self._inbound[rank].heartbeat
         return time.monotonic() - last if last else 0.0
 
+    def beats(self) -> tuple[int, ...]:
+        """A number per rank that grows with its own work: commands, steps, answers."""
+        return tuple(segment.beats for segment in self._inbound)
+
+    def device_works(self, rank: int) -> bool:
+        """Whether the GPU of `rank` had work to do when the rank last looked."""
+        return self._inbound[rank].device_works
+
     def interrupt(self, job: int) -> None:
         """Ask the ranks to stop `job` at the next step boundary."""
-        self._store.set(f"interrupt/{job}", b"1")
+        key = _interrupt(job)
+        self._store.set(key, self._signer.stamp(key.encode()))
 
     def close(self) -> None:
         """End the reader and release memory and store. Call it when no rank is alive."""
+        self._closing = True
         self._store.queue_push(EVENTS, b"")
-        self._reader.join(OPERATION.total_seconds())
+        self._reader.join(CLOSE_SECONDS)
         for segment in (self._outbound, *self._inbound):
             segment.close()
+        os.close(self._meeting)
         del self._store
 
     def _read(self, store: dist.Store) -> None:
-        """Move events from the store to the inbox until an empty one arrives."""
-        store.set_timeout(IDLE)
-        try:
-            while sealed := store.queue_pop(EVENTS):
-                head = self._signed.open(sealed)
-                self._seen.check(head)
-                rank = head["rank"]
-                tensors = self._inbound[rank].read(head["tensors"])
-                self._inbound[rank].acknowledged = head["sequence"] + 1
-                crossed = len(sealed) + sum(tensor.nbytes for tensor in tensors)
-                self.inbox.put(Event(rank, head["job"], rebuild(head["body"], tensors), crossed))
-        except (WorkerDied, RuntimeError, ValueError, KeyError) as fault:
-            self.inbox.put(Event(-1, fault=fault))
+        """Move events from the store to the inbox until `close`."""
+        with Reported(self.inbox, "thread that reads the ranks' messages"):
+            store.set_timeout(IDLE)
+            while (sealed := store.queue_pop(EVENTS)) or not self._closing:
+                try:
+                    self.inbox.put(self._event(sealed))
+                except Unsigned as fault:  # not of a rank: said aloud, and what the ranks say is still read
+                    self.inbox.put(Event(-1, fault=fault))
+
+    def _event(self, sealed: bytes) -> Event:
+        head = self._signer.open(sealed)
+        rank = self._routes.index(self._seen.check(head, self._routes))
+        tensors = self._inbound[rank].read(head["tensors"])
+        self._inbound[rank].acknowledged = head["sequence"] + 1
+        crossed = len(sealed) + sum(tensor.nbytes for tensor in tensors)
+        return Event(rank, head["job"], rebuild(head["body"], tensors), crossed)
 
 
 class Rank:
@@ -207,25 +215,35 @@ class Rank:
         self._store = dist.TCPStore(LOOPBACK, invitation.port, None, False, OPERATION)
         self._commands = self._store.clone()
         self._commands.set_timeout(IDLE)
-        self._signed, self._sequence, self._seen = _Signed(invitation.secret), _Sequence(), _Sequence()
+        self._signer, self._sequence, self._seen = Signer(invitation.secret), Sequence(), Sequence()
         self._inbound, self._outbound = Segment(invitation.inbound), Segment(invitation.outbound)
+        self._meeting = invitation.meeting
         self._preview_end, self._preview_sent = HEADER_BYTES, 0
+        self.ask_device: Callable[[], bool] = lambda: False  # the program knows its device
         threading.Thread(target=self._show_life, daemon=True, name="heartbeat").start()
 
     def group_store(self) -> dist.Store:
-        """The store by which the ranks form their own process group."""
-        return dist.PrefixStore("group", self._store.clone())
+        """Where the ranks meet to form their process group: a file that nobody else inherits.
+
+        torch.distributed signs nothing, so its words do not go through the bridge's store.
+        """
+        return dist.PrefixStore("group", dist.FileStore(f"/proc/self/fd/{self._meeting}", self.world_size))
 
     def receive(self, device: torch.device | str) -> tuple[int, Any]:
         """Wait for the next command; its tensors are copied to `device`."""
-        head = self._signed.open(self._commands.queue_pop(f"commands/{self.rank}"))
-        self._seen.check(head)
+        route = f"commands/{self.rank}"
+        head = self._signer.open(self._commands.queue_pop(route))
+        self._seen.check(head, (route,))
+        self.beat()
         return head["job"], rebuild(head["body"], self._inbound.read(head["tensors"], device))
 
     def send(self, job: int, message: Any) -> None:
         """Give `message`, the last of `job`, to the host.
 
         It lies behind the region of previews, one of which the host may still be reading.
+
+        Raises:
+            TypeError, ValueError: it cannot cross the bridge; nothing was sent.
         """
         self._push(job, message, self._preview_end)
 
@@ -240,21 +258,38 @@ class Rank:
         if preview is not None:
             self._preview_sent = number + 1
 
+    def beat(self) -> None:
+        """Show that the rank's own work goes on."""
+        self._outbound.beats += 1
+
     def interrupted(self, job: int) -> bool:
-        """True when the host asked to stop `job`."""
-        return self._store.check([f"interrupt/{job}"])
+        """True when the host asked to stop `job`. What another process wrote there is not the host's."""
+        key = _interrupt(job)
+        return self._store.check([key]) and hmac.compare_digest(
+            self._store.get(key), self._signer.stamp(key.encode())
+        )
 
     def _show_life(self) -> None:
-        """A process that is stopped, or whose interpreter hangs, does not end: only this tells."""
+        """Show that the interpreter runs, and what a look from outside does not see: the device."""
         while True:
+            used = time.process_time()
             self._outbound.heartbeat = time.monotonic()
             time.sleep(HEARTBEAT_SECONDS)
+            # A device is asked only while the process waits: a CUDA graph that is captured would break.
+            waits = time.process_time() - used < IDLE_SHARE * HEARTBEAT_SECONDS
+            self._outbound.device_works = waits and self.ask_device()
 
     def _push(self, job: int, message: Any, base: int) -> int:
         flat = flatten(message)
         entries = self._outbound.write(flat.tensors, base) if flat.tensors else []
-        head = {"job": job, "rank": self.rank, "body": flat.head, "tensors": entries}
-        route = f"events/{self.rank}"
+        head = {"job": job, "body": flat.head, "tensors": entries}
+        route = f"{EVENTS}/{self.rank}"
+        sealed = self._signer.seal(route, self._sequence.next(route), head)
         number = self._sequence.take(route)
-        self._store.queue_push(EVENTS, self._signed.seal(route, number, head))
+        self._store.queue_push(EVENTS, sealed)
+        self.beat()
         return number
+
+
+def _interrupt(job: int) -> str:
+    return f"interrupt/{job}"

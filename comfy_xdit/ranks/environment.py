@@ -63,6 +63,11 @@ def rank_environment(
         "DIFFUSERS_VERBOSITY": "error",
         "TRANSFORMERS_VERBOSITY": "error",
         "XDIT_LOGGING_LEVEL": host.get("XDIT_LOGGING_LEVEL", "ERROR"),
+        "LOG_LEVEL": host.get("XDIT_LOGGING_LEVEL", "ERROR"),  # the name that xfuser's logger reads
+        "TORCH_CPP_LOG_LEVEL": host.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        # A rank's log is read when it has died: what libraries deprecate would hide why.
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its Python stack
         VISIBLE: _visible(devices[rank], host.get(VISIBLE)),
     }
     return environment

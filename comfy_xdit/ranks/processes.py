@@ -1,0 +1,172 @@
+"""The processes of a group: started, watched, asked where they hang, ended; and words about the dead."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Sequence
+from typing import IO
+
+from comfy_xdit import ROOT
+from comfy_xdit.protocol.rpc import Event, Host, Reported
+from comfy_xdit.ranks.environment import rank_environment
+
+KILL_SECONDS = 5.0
+STACK_SECONDS = 2.5  # for all ranks to write where they are
+STACK_POLL_SECONDS = 0.02
+# How the stack of a main thread ends; of more than a hundred frames faulthandler leaves the rest out.
+_LAST_FRAMES = ("in _run_module_as_main", "...")
+TAIL_CHARACTERS = 3000
+TAIL_BYTES = 64 << 10
+NEXT = "Press Run again: new ranks start."
+# Of a fatal signal: hundreds of names behind the stack that says what happened.
+_NOISE = "Extension modules: "
+
+
+class RankProcesses:
+    """One process per device, and its log: an anonymous file that goes with it.
+
+    Raises:
+        OSError: a process or a file could not be made; those that were are ended.
+    """
+
+    def __init__(self, program: str, devices: Sequence[str], bridge: Host):
+        self.devices = tuple(devices)
+        self._logs: list[IO[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(len(devices)):
+                self._logs.append(tempfile.TemporaryFile())  # noqa: SIM115 - closed by kill
+                self._processes.append(self._spawn(program, rank, bridge))
+        except BaseException:
+            self.kill()
+            raise
+        for rank, process in enumerate(self._processes):
+            threading.Thread(
+                target=_watch, args=(rank, process, bridge), name=f"comfy_xdit rank {rank}", daemon=True
+            ).start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank."""
+        return [process.pid for process in self._processes]
+
+    def are_up(self) -> bool:
+        """Whether every process runs: none has ended, none is stopped (SIGSTOP)."""
+        return all(_is_up(process.pid) for process in self._processes)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all have ended, or the time is over."""
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        """End every process and let go of the logs."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # in a driver that does not return
+                process.wait(KILL_SECONDS)
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        for log in self._logs:
+            log.close()
+        self._processes, self._logs = [], []
+
+    def name(self, rank: int) -> str:
+        """A rank in words."""
+        return f"rank {rank} ({self.devices[rank]}, pid {self._processes[rank].pid})"
+
+    def obituary(self, rank: int, exit_code: int, doing: str) -> str:
+        """What ended a rank, what it was `doing`, what happens next, and what it said last."""
+        return f"{self.name(rank)} {_cause(exit_code)} {doing}. {NEXT}\n{self.tail(rank)}"
+
+    def tails(self, ranks: Collection[int] | None = None) -> str:
+        """The last lines of the logs of some ranks, or of all."""
+        return "\n".join(self.tail(rank) for rank in (range(len(self._logs)) if ranks is None else ranks))
+
+    def tail(self, rank: int) -> str:
+        """The last lines of a rank's log."""
+        text = _written(self._logs[rank], 0)
+        return f"Last lines of rank {rank}'s log:\n{text}" if text else f"The log of rank {rank} is empty."
+
+    def stacks(self, ranks: Collection[int]) -> str:
+        """The Python stacks of some ranks, written by the ranks themselves (faulthandler) into their logs."""
+        begins = {rank: _size(self._logs[rank]) for rank in ranks}
+        asked = [rank for rank in ranks if _is_up(self._processes[rank].pid)]  # a stopped one cannot answer
+        for rank in asked:
+            self._processes[rank].send_signal(signal.SIGUSR1)
+        deadline, written = time.monotonic() + STACK_SECONDS, dict.fromkeys(ranks, "")
+        while asked and time.monotonic() < deadline:
+            time.sleep(STACK_POLL_SECONDS)
+            written |= {rank: _written(self._logs[rank], begins[rank]) for rank in asked}
+            asked = [rank for rank in asked if not written[rank].endswith(_LAST_FRAMES)]
+        return "\n".join(
+            f"Where rank {rank} is:\n{text}" if text else f"Rank {rank} does not say where it is."
+            for rank, text in written.items()
+        )
+
+    def _spawn(self, program: str, rank: int, bridge: Host) -> subprocess.Popen[bytes]:
+        invitation = bridge.invitation(rank)
+        process = subprocess.Popen(
+            [sys.executable, "-m", program],
+            cwd=ROOT,
+            env=rank_environment(rank, self.devices),
+            stdin=subprocess.PIPE,
+            stdout=self._logs[rank],
+            stderr=subprocess.STDOUT,
+            pass_fds=invitation.descriptors,
+            start_new_session=True,  # a Ctrl-C in the terminal is the host's to handle
+        )
+        with contextlib.suppress(BrokenPipeError):  # it died already: the watcher reports it
+            process.stdin.write(invitation.line())
+            process.stdin.flush()
+        return process
+
+
+def _watch(rank: int, process: subprocess.Popen[bytes], bridge: Host) -> None:
+    with Reported(bridge.inbox, f"thread that waits for rank {rank}"):
+        bridge.inbox.put(Event(rank, exit_code=process.wait()))
+
+
+def _is_up(pid: int) -> bool:
+    """Whether a child of this process runs: it has not ended, reaped or not, and is not stopped.
+
+    Not `Popen.poll`: while the watcher waits for the child, poll says None of a dead one.
+    """
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
+def _cause(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    if -exit_code == signal.SIGKILL:
+        return "was ended by SIGKILL (if nobody did that, the system ran out of memory)"
+    try:
+        return f"was ended by {signal.Signals(-exit_code).name}"
+    except ValueError:  # a real-time signal, which has no name
+        return f"was ended by signal {-exit_code}"
+
+
+def _size(log: IO[bytes]) -> int:
+    return os.fstat(log.fileno()).st_size
+
+
+def _written(log: IO[bytes], begin: int) -> str:
+    """What is in a log from byte `begin` on, at most the end of it; without what nobody reads."""
+    size = _size(log)
+    begin = max(begin, size - TAIL_BYTES)
+    text = os.pread(log.fileno(), size - begin, begin).decode(errors="replace")
+    lines = [line for line in text.splitlines() if not line.startswith(_NOISE)]
+    return "\n".join(lines).strip()[-TAIL_CHARACTERS:]
