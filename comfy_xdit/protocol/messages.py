@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.protocol.spec import ControlNet, IPAdapterFile, LoraFile, ModelSpec
+from comfy_xdit.protocol.spec import ControlNet, HostComfyUI, IPAdapterFile, LoraFile, ModelSpec
 
 # ------------------------------------------------------------------ host -> ranks
 
@@ -306,7 +306,7 @@ WORDS: dict[str, type] = {
     for word in (
         Load, Check, CheckLora, CheckIPAdapter, Denoise, ImagePrompt, Keep, Known, Patch, PatchSet, Sample,
         EncodeText, Decode, Encode, Stop, Forget, Status, Ready, Progress, Result, Failure, Cancelled,
-        ModelSpec, LoraFile, IPAdapterFile, ParallelConfig, ControlNet, AppliedControlNet,
+        ModelSpec, HostComfyUI, LoraFile, IPAdapterFile, ParallelConfig, ControlNet, AppliedControlNet,
     )
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ class Transformer:
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         self.module = _build(self.family, self.config, spec.path)
         check_complete(self.module, self._mapping, checkpoint, spec.path)
-        self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
+        self.loras = LoraFiles.of(self.family, self.config, checkpoint.shapes)
         self.ip_adapters = IPAdapters(self.family, self.config, self.dtype, groups.device)
         self._parameters = sum(p.numel() for p in self.module.parameters())
         self.stage: Stage | None = None
