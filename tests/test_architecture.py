@@ -41,8 +41,9 @@ def test_one_part_of_the_host_side_knows_comfyui():
     assert all(name.startswith("comfy_xdit/comfy_types/") for name in users("comfy_xdit", COMFYUI))
 
 
-def test_the_ranks_know_nothing_of_comfyui():
-    assert users("worker", COMFYUI | {"nodes"}) == set()
+def test_one_folder_of_the_ranks_knows_comfyui():
+    assert all(name.startswith("worker/models/comfyui/") for name in users("worker", COMFYUI))
+    assert users("worker", COMFYUI - {"comfy"} | {"nodes"}) == set(), "its packages only, not its root"
 
 
 def test_two_modules_of_the_ranks_know_xfuser():

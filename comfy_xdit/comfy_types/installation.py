@@ -15,7 +15,8 @@ from comfy_xdit.protocol.spec import HostComfyUI
 # What a switch says of the host alone: its server, folders, caches, devices, memory, text encoders and VAE.
 # Any other one travels, also one of a later version: it may act on a transformer.
 OF_THE_HOST = {
-    "listen", "port", "tls_keyfile", "tls_certfile", "enable_cors_header", "max_upload_size", "base_directory",
+    "listen", "port", "tls_keyfile", "tls_certfile", "enable_cors_header", "max_upload_size",
+    "base_directory",
     "extra_model_paths_config", "output_directory", "temp_directory", "input_directory", "user_directory",
     "models_directory", "auto_launch", "disable_auto_launch", "cuda_device", "default_device", "cuda_malloc",
     "disable_cuda_malloc", "directml", "oneapi_device_selector", "preview_method", "preview_size",

@@ -27,8 +27,8 @@ class HostComfyUI:
     Args:
         root: the folder its packages are imported from.
         version: as its `comfyui_version.py` says.
-        switches: name and value of the command-line switches that are set and act on a transformer; a value is
-            plain, or a tuple of names where the switch takes several.
+        switches: name and value of the command-line switches that are set and act on a transformer; a value
+            is plain, or a tuple of names where the switch takes several.
     """
 
     root: str

@@ -52,3 +52,6 @@ class LoadedTransformer(Protocol):
 
     def predict_batch(self, batch: Batch) -> Latents:
         """The output of one call; on all ranks alike."""
+
+    def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a method beside the forward returns; on all ranks alike."""

@@ -98,6 +98,13 @@ class Transformer:
     def _own_image(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._tokens.own(tokens, "image")
 
+    def require(self, what: str) -> None:
+        """Nothing is refused: a diffusers class takes ControlNets, IP-Adapters and whole loops."""
+
+    def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Refused: ComfyUI's own classes alone have such methods."""
+        raise InvalidInput(f"{self.family.name} has no {method} in diffusers' class; restart ComfyUI.")
+
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written.
 

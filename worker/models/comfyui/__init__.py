@@ -1,4 +1,4 @@
-"""Any transformer of the ComfyUI that the host runs, as a model of the ranks. Alone here ComfyUI is imported."""
+"""Any transformer of the ComfyUI that the host runs, as a model of the ranks. Here alone it is imported."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ def fill(module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[s
     lacking += [name for name in elsewhere if name not in left]
     if lacking:
         raise InvalidInput(
-            f"{path} lacks the tensor {lacking[0]} of ComfyUI's {type(module).__name__}; the file is incomplete."
+            f"{path} lacks the tensor {lacking[0]} of ComfyUI's {type(module).__name__}; "
+            "the file is incomplete."
         )
     return left
 

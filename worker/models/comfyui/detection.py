@@ -84,9 +84,7 @@ def _without_prefix(checkpoint: Checkpoint, path: str) -> tuple[Tensors, dict[st
     return _current_format(inner, metadata, path) if inner else (tensors, metadata)
 
 
-def _current_format(
-    tensors: Tensors, metadata: dict[str, str], path: str
-) -> tuple[Tensors, dict[str, str]]:
+def _current_format(tensors: Tensors, metadata: dict[str, str], path: str) -> tuple[Tensors, dict[str, str]]:
     """Quantised layers in the one spelling that ComfyUI's operations read."""
     if _converts_formats():
         return comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
@@ -119,4 +117,3 @@ def _dtypes(
     if weight_dtype.endswith(FAST):
         config.optimizations["fp8"] = True
     return dtype, manual_cast
-

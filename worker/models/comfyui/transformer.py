@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
@@ -29,6 +28,7 @@ from worker.transformer.interface import Latents
 
 # Classes in which a row of the batch is not what it is alone: they pair the rows of both prompts.
 ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT"})
+AROUND = ("preprocess_text_embeds",)
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
 WIDTH = ("hidden_size", "dim", "inner_dim", "model_channels", "model_dim", "embed_dim", "hidden_dim")
 
@@ -123,13 +123,17 @@ class ComfyUITransformer:
             shards = ShardedWeights(module, blocks(module), self._degrees.shards, None)
             materialise(module, device, but=tuple(shards.places))
             shards.attach(module, self._groups.shard_group, device)
-        for name, tensor in fill(module, self._detected, self._path, tuple(shards.places if shards else ())).items():
+        elsewhere = tuple(shards.places) if shards else ()
+        for name, tensor in fill(module, self._detected, self._path, elsewhere).items():
             shards.write(name, tensor)
         module.eval().requires_grad_(False)
         self._agree_on_dtypes()
         self.module, self._shards = module, shards
         self._patched = PatchedComfyUI(module, self._detected, shards, self.loras)
-        self._forward = {name: getattr(module, name) for name in ("forward", "_forward") if hasattr(module, name)}
+        if hasattr(module, "_forward"):
+            # Wrappers around the call, which `forward` runs, have run on the host (comfy_types/model.py). As
+            # `forward` itself, so that hooks on the module are called.
+            object.__setattr__(module, "forward", module._forward)
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written."""
@@ -154,7 +158,7 @@ class ComfyUITransformer:
         )
 
     def _remedy(self, what: str) -> str:
-        if self._detected.config.unet_config.get("image_model") == "flux" or self.name.startswith("OpenAISignature"):
+        if type(self._detected.config).__name__ in ("Flux", "FluxSchnell", "SD3"):
             return "Set weight_dtype to bf16, or choose a file in fp16 or bf16."
         return f"Use stock nodes instead of {what}."
 
@@ -171,7 +175,8 @@ class ComfyUITransformer:
         for latent in [x] if isinstance(x, torch.Tensor) else x:
             if not torch.isfinite(latent).all():
                 raise InvalidInput(
-                    "the latent holds values that are not finite (NaN or infinity); check the node that made it."
+                    "the latent holds values that are not finite (NaN or infinity); check the node that "
+                    "made it."
                 )
         return conditions
 
@@ -191,7 +196,17 @@ class ComfyUITransformer:
         def gathered(output: torch.Tensor) -> torch.Tensor:
             return self._groups.gather_rows(output if has_rows else output[:0], shard)
 
-        return gathered(outputs) if isinstance(outputs, torch.Tensor) else [gathered(part) for part in outputs]
+        return (
+            gathered(outputs) if isinstance(outputs, torch.Tensor) else [gathered(part) for part in outputs]
+        )
+
+    def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a method returns that ComfyUI calls around the forward."""
+        if method not in AROUND:
+            raise InvalidInput(
+                f"{method} of {self.name} is not called in the ranks; they know {', '.join(AROUND)}."
+            )
+        return getattr(self.module, method)(*args, **kwargs)
 
     def _call(self, batch: Batch) -> Latents:
         given = dict(batch.conditions)
@@ -210,8 +225,8 @@ class ComfyUITransformer:
         ):
             if degree > 1:
                 raise InvalidInput(
-                    f"{name} {degree} is for models whose tokens comfy_xdit knows, and ComfyUI's {self.name} of "
-                    f"{Path(self._path).name} is none; set {name} to 1, and cfg_parallel_degree, "
+                    f"{name} {degree} is for models whose tokens comfy_xdit knows, and ComfyUI's {self.name} "
+                    f"of {Path(self._path).name} is none; set {name} to 1, and cfg_parallel_degree, "
                     "data_parallel_degree or shard_weights instead."
                 )
         if degrees.shards > 1 and self._detected.quantised:

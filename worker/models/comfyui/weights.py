@@ -59,7 +59,9 @@ class PatchedComfyUI(PatchedModel):
         shards: what this rank has of some of the weights only.
     """
 
-    def __init__(self, module: nn.Module, detected: Detected, shards: ShardedWeights | None, loras: LoraFiles):
+    def __init__(
+        self, module: nn.Module, detected: Detected, shards: ShardedWeights | None, loras: LoraFiles
+    ):
         self._module, self._detected, self._shards = module, detected, shards
         self._kept: dict[str, nn.Parameter] = {}
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
@@ -96,7 +98,7 @@ class PatchedComfyUI(PatchedModel):
     def _write_format(
         self, name: str, layer: nn.Module, leaf: str, patches: tuple[Patch, ...], store: PatchStore
     ) -> None:
-        """Through ComfyUI's own conversion, and back: a layer that keeps its weight in a format of its own."""
+        """Of a layer that keeps its weight in a format of its own: by ComfyUI's conversion, and back."""
         base = self._kept.setdefault(name, getattr(layer, leaf))
         setattr(layer, leaf, base)
         if not patches:
@@ -107,9 +109,7 @@ class PatchedComfyUI(PatchedModel):
         getattr(layer, f"set_{leaf}")(whole, inplace_update=False, seed=_seed(name))
 
 
-def _patched(
-    name: str, whole: torch.Tensor, patches: tuple[Patch, ...], store: PatchStore
-) -> torch.Tensor:
+def _patched(name: str, whole: torch.Tensor, patches: tuple[Patch, ...], store: PatchStore) -> torch.Tensor:
     return patched(name, whole, patches, lambda patch: store.tensors(patch, whole.device))
 
 
