@@ -14,6 +14,7 @@ from comfy_xdit.comfy_types.residuals import residuals
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteModel
 
+_NONE = object()
 OPTIONS = "transformer_options"
 # Methods of the transformer that ComfyUI calls around its forward, and that need weights.
 AROUND = ("preprocess_text_embeds",)
@@ -28,9 +29,12 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
     transformer = twin.diffusion_model
     name = "_forward" if hasattr(transformer, "_forward") else "forward"
     signature = inspect.signature(getattr(transformer, name))
+    # What the class would take anyway stays here: it may be no plain data.
+    defaults = {key: parameter.default for key, parameter in signature.parameters.items()}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x, timestep, given = arguments(signature, args, kwargs)
+        given = {key: value for key, value in given.items() if value is not defaults.get(key, _NONE)}
         options = given.pop(OPTIONS, None) or {}
         if options.get(NETS):
             raise InvalidInput(

@@ -38,7 +38,7 @@ class ComfyUITransformer:
 
     def __init__(self, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
         self._groups, self._degrees, self._path = groups, degrees, spec.path
-        self._checkpoint = Checkpoint.at(Path(spec.path), quantised=True)
+        self._checkpoint = Checkpoint([Path(spec.path)], quantised=True)
         self._weight_dtype = spec.weight_dtype
         self._detected = self._detect()
         self._patched: PatchedComfyUI | None = None
