@@ -167,7 +167,7 @@ def loaded(model):
     mapping = model.family.mapping(checkpoint.shapes, config)
     weights = checkpoint.tensors(mapping, torch.float32)
     native = model.family.native_mapping(config)
-    loras = LoraFiles(model.family, config, checkpoint.shapes)
+    loras = LoraFiles.of(model.family, config, checkpoint.shapes)
     patched = PatchedWeights(weights, native, checkpoint, mapping, torch.float32, loras)
     return patched, weights, PatchStore()
 
@@ -194,7 +194,7 @@ def test_a_file_that_changed_is_not_mixed_with_what_was_loaded(model, tmp_path):
     config = model.family.config(checkpoint.shapes)
     mapping = model.family.mapping(checkpoint.shapes, config)
     native = model.family.native_mapping(config)
-    loras = LoraFiles(model.family, config, checkpoint.shapes)
+    loras = LoraFiles.of(model.family, config, checkpoint.shapes)
     patched = PatchedWeights({}, native, checkpoint, mapping, torch.float32, loras)
     store, wanted = PatchStore(), patch_set(patches(model))
     store.take(wanted)

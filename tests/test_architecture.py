@@ -37,8 +37,8 @@ def test_one_part_of_the_host_side_knows_comfyui():
     assert all(name.startswith("comfy_xdit/comfy_types/") for name in users("comfy_xdit", COMFYUI))
 
 
-def test_one_part_of_the_ranks_knows_comfyui():
-    assert all(name.startswith("worker/models/comfyui") for name in users("worker", COMFYUI))
+def test_one_folder_of_the_ranks_knows_comfyui():
+    assert all(name.startswith("worker/models/comfyui/") for name in users("worker", COMFYUI))
     assert users("worker", COMFYUI - {"comfy"} | {"nodes"}) == set(), "its packages only, not its root"
 
 

@@ -47,9 +47,13 @@ class Part:
 
 
 class Checkpoint:
-    """One or several safetensors files read as one, without the prefix a full checkpoint adds."""
+    """One or several safetensors files read as one, without the prefix a full checkpoint adds.
 
-    def __init__(self, files: Iterable[Path]):
+    Args:
+        quantised: layers in a format of their own are read as they are stored, instead of refused.
+    """
+
+    def __init__(self, files: Iterable[Path], quantised: bool = False):
         self._files = list(files)
         self._place: dict[str, tuple[Path, str]] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
@@ -58,7 +62,7 @@ class Checkpoint:
         for file in self._files:
             self._add(file)
         marks = [k for k in self._place if k.endswith(QUANTISED)]
-        if marks:
+        if marks and not quantised:
             raise InvalidInput(
                 f"{self._files[0].name} holds quantised weights ({marks[0]}), which this version does "
                 "not read; choose the fp16, bf16 or plain fp8 file of the model."
@@ -100,6 +104,20 @@ class Checkpoint:
             for name, source in mapping.items():
                 file, key = self._place[source.key]
                 yield name, _read(opened[file], key, source).to(dtype)
+
+    def views(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Every tensor under its name in the file, as a view of the file's memory map; and the metadata.
+
+        Raises:
+            InvalidInput: a file is no longer the one whose header was read.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        metadata: dict[str, str] = {}
+        with self._opened() as opened:
+            for stored in opened.values():
+                tensors |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a dict
+                metadata |= stored.metadata() or {}
+        return tensors, metadata
 
     def parts(self, wanted: dict[str, Part], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """As `stream`, of parts of tensors, each as one row of elements. Only their rows are read."""

@@ -26,11 +26,13 @@ from comfy_xdit.protocol.messages import (
     Keep,
     Known,
     Load,
+    Preprocess,
     Sample,
     Status,
 )
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.loop import Run
+from worker.models.comfyui import open_transformer
 from worker.parallel.groups import Degrees, RankGroups
 from worker.patches.weights import PatchStore
 from worker.sampling.loops import sample
@@ -38,11 +40,12 @@ from worker.store import ModelStore
 from worker.text.encoders import TextEncoders
 from worker.transformer.batch import Batch, Pictures
 from worker.transformer.controlnets import FittedControlNet, NetCall, NetSpec
+from worker.transformer.interface import Latents, LoadedTransformer
 from worker.transformer.transformer import Transformer
 from worker.vae.vae import VAE
 
 KINDS = ("transformer", "text_encoders", "vae")  # of a ModelSpec
-Loaded = Transformer | TextEncoders | VAE
+Loaded = LoadedTransformer | TextEncoders | VAE
 
 
 class Engine:
@@ -64,6 +67,7 @@ class Engine:
             CheckLora: self.check_lora,
             CheckIPAdapter: self.check_ip_adapter,
             Denoise: self.denoise,
+            Preprocess: self.preprocess,
             Sample: self.sample,
             EncodeText: self.encode_text,
             Decode: self.decode,
@@ -95,7 +99,7 @@ class Engine:
         Returns the description of a transformer: layouts are planned by it before any is loaded.
         """
         opened = self._open(message.spec, Degrees.of(message.parallel))
-        return opened.describe() if isinstance(opened, Transformer) else None
+        return opened.describe() if message.spec.kind == "transformer" else None
 
     def check_lora(self, message: CheckLora, _run: Run) -> dict[str, Any]:
         """What a LoRA file would change; the model's header is enough where it is not loaded."""
@@ -105,9 +109,10 @@ class Engine:
     def check_ip_adapter(self, message: CheckIPAdapter, _run: Run) -> dict[str, Any]:
         """What an IP-Adapter file would add; the model's header is enough where it is not loaded."""
         opened = self._models.get(message.spec) or self._open(message.spec, self._groups.degrees)
+        opened.require("an IP-Adapter")
         return opened.ip_adapters.check(message.file, message.shapes)
 
-    def denoise(self, message: Denoise, _run: Run) -> torch.Tensor | None:
+    def denoise(self, message: Denoise, _run: Run) -> Latents | None:
         """One transformer call; the output goes to the host from rank 0 only."""
         self._patches.take(message.patches)
         for name in message.forget:
@@ -120,18 +125,30 @@ class Engine:
         prompts = tuple(replace(p, embeds=self._resolve(p.embeds)) for p in message.image_prompts)
         self._have_ip_adapters(message.spec, transformer, prompts)
         transformer.patch(message.patches.name, self._patches)
-        negative = torch.tensor(message.negative or [False] * len(message.x), device=message.x.device)
-        pictures = Pictures.of(prompts, negative)
+        pictures = None
+        if prompts:
+            negative = message.negative or [False] * len(message.x)
+            pictures = Pictures.of(prompts, torch.tensor(negative, device=message.x.device))
         batch = Batch(message.x, message.timestep, conditions, message.control, nets, pictures)
         output = transformer.predict_batch(batch)
-        if not torch.isfinite(output).all():  # the same on all ranks
+        outputs = [output] if isinstance(output, torch.Tensor) else output
+        if not all(torch.isfinite(one).all() for one in outputs):  # the same on all ranks
             raise transformer.not_finite()
+        return output if self._groups.rank == 0 else None
+
+    def preprocess(self, message: Preprocess, _run: Run) -> Any:
+        """A method of the transformer beside its forward; the answer goes to the host from rank 0 only."""
+        self._patches.take(message.patches)
+        transformer = self._require(message.spec)
+        self._patch(transformer, message.patches.name)
+        output = transformer.preprocess(message.method, message.args, message.kwargs)
         return output if self._groups.rank == 0 else None
 
     def sample(self, message: Sample, run: Run) -> torch.Tensor | None:
         """A whole sampling loop; the latent goes to the host from rank 0 only."""
         self._patches.take(message.patches)
         transformer = self._require(message.spec)
+        transformer.require("a whole sampling loop")
         sides = (message.negative_nets, message.positive_nets)
         nets = [self._nets(applied, message.spec, transformer) for applied in sides]
         self._have_ip_adapters(message.spec, transformer, message.image_prompts)
@@ -170,9 +187,12 @@ class Engine:
         return self.report() | self._models.report() | kept | _memory(self._groups.device)
 
     def _have_ip_adapters(
-        self, spec: ModelSpec, transformer: Transformer, prompts: Sequence[ImagePrompt]
+        self, spec: ModelSpec, transformer: LoadedTransformer, prompts: Sequence[ImagePrompt]
     ) -> None:
         """Have the adapters of `prompts` in memory. Those of other runs stay while there is room."""
+        if not prompts:
+            return
+        transformer.require("an IP-Adapter")
         adapters, files = transformer.ip_adapters, {prompt.file for prompt in prompts}
         for prompt in prompts:
             adapters.check_embeds(prompt.file, tuple(prompt.embeds.shape))
@@ -181,7 +201,7 @@ class Engine:
             adapters.drop_all_but(files)
         adapters.load(files)
 
-    def _patch(self, transformer: Transformer, name: str) -> None:
+    def _patch(self, transformer: LoadedTransformer, name: str) -> None:
         """Patch the weights of every stage, or none goes on: a patch may fit some stages only."""
         error: InvalidInput | None = None
         try:
@@ -192,9 +212,11 @@ class Engine:
             raise error or InvalidInput("another rank refused the patch")
 
     def _nets(
-        self, applied: tuple[AppliedControlNet, ...], spec: ModelSpec, transformer: Transformer
+        self, applied: tuple[AppliedControlNet, ...], spec: ModelSpec, transformer: LoadedTransformer
     ) -> tuple[NetCall, ...]:
         """ControlNets of a call, loaded to fit the transformer."""
+        if applied:
+            transformer.require("a ControlNet")
         calls = []
         for one in applied:
             net = self._models.require(
@@ -222,6 +244,8 @@ class Engine:
         if spec.kind not in KINDS:
             raise InvalidInput(f"{spec.kind!r} is nothing a rank loads; it loads {', '.join(KINDS)}.")
         spec.check()  # another file under the name would draw another picture
+        if spec.kind == "transformer" and spec.comfyui is not None:
+            return open_transformer(spec, self._groups, degrees)
         if spec.kind == "transformer":
             return Transformer(spec, self._groups, degrees)
         if spec.kind == "text_encoders":

@@ -240,7 +240,7 @@ def host_options() -> list[str]:
     import comfy.ldm.flux.model
     import comfy.ldm.modules.diffusionmodules.mmdit
 
-    from comfy_xdit.comfy_types.model import HOST_OPTIONS
+    from comfy_xdit.comfy_types.options import HOST_OPTIONS
 
     found = []
     for module in (comfy.ldm.flux.model, comfy.ldm.modules.diffusionmodules.mmdit):

@@ -11,7 +11,9 @@ import comfy.model_management
 import torch
 
 from comfy_xdit.comfy_types.controlnet import NETS
+from comfy_xdit.comfy_types.exact_calls import answer_for, arguments
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
+from comfy_xdit.comfy_types.options import PICTURES, rank_options
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import pair_prompts
 from comfy_xdit.comfy_types.residuals import residuals
@@ -22,26 +24,6 @@ from comfy_xdit.protocol.messages import LENGTHS, AppliedControlNet, ImagePrompt
 from comfy_xdit.protocol.spec import LoraFile
 from comfy_xdit.remote import PicturePrompt, Remote, RemoteModel, at_sigmas, negative_rows
 
-PICTURES = "xdit_pictures"  # in transformer_options: a tuple of PicturePrompt
-# What the sampler, wrappers and step caches keep in transformer_options for themselves: it works
-# around the transformer's call, on the host, where it is.
-HOST_OPTIONS = {
-    PICTURES,
-    "callbacks",
-    "cond_or_uncond",
-    "context_window",
-    "easycache",
-    "lazycache",
-    "multigpu_thread_device",
-    "prefetch_dynamic_vbars",
-    "sample_sigmas",
-    "sigmas",
-    "uuids",
-    "wrappers",
-}
-# What is plain numbers, and travels: a family in the ranks takes it as a condition, or refuses it.
-RANK_OPTIONS = ("rope_options",)
-
 
 def model_of(remote: RemoteModel) -> RemotePatcher:
     """A MODEL for every stock node, whose transformer is `remote`.
@@ -49,10 +31,13 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     Raises:
         InvalidInput: this ComfyUI does not know the model's family.
     """
-    twin = build_twin(remote.spec.path, compute_dtype(remote))
+    twin = build_twin(remote.spec.path, compute_dtype(remote), _dtype(remote.info.get("manual_cast")))
     setattr(twin, HANDLE, remote)
-    pair_prompts(twin)
-    _send_calls_to(remote, twin)
+    if remote.spec.comfyui is not None:
+        answer_for(remote, twin)
+    else:
+        pair_prompts(twin)
+        _send_calls_to(remote, twin)
     management = comfy.model_management
     return RemotePatcher(twin, management.get_torch_device(), management.unet_offload_device())
 
@@ -96,40 +81,11 @@ def pictures_of(model: RemotePatcher) -> tuple[ImagePrompt, ...]:
 
 def compute_dtype(remote: RemoteModel) -> torch.dtype:
     """What the ranks compute in, as they report it; fp32 until they have loaded."""
-    name = str(remote.info.get("dtype", "float32")).removeprefix("torch.")
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(name) or getattr(
-        torch, name
-    )
+    return _dtype(remote.info.get("dtype", "float32"))
 
 
-def rank_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of transformer_options acts inside the transformer and travels to the ranks.
-
-    Everything unknown is refused: what an entry does is its reader's business, and the readers
-    are inside the transformer.
-
-    Raises:
-        InvalidInput: an entry that cannot reach the ranks.
-    """
-    travels = {}
-    for name, value in options.items():
-        if name in HOST_OPTIONS or not _says_something(value):
-            continue
-        if name in RANK_OPTIONS and all(isinstance(part, (int, float)) for part in value.values()):
-            travels[name] = {key: float(part) for key, part in value.items()}
-            continue
-        inner = f" ({', '.join(map(str, value))})" if isinstance(value, Mapping) else ""
-        raise InvalidInput(
-            f"a node patches the inside of the transformer (transformer_options {name!r}{inner}), which "
-            "cannot reach the ranks. Remove that node, or use the stock loader instead of the xDiT one."
-        )
-    return travels
-
-
-def _says_something(value: Any) -> bool:
-    return not (
-        value is None or value is False or (isinstance(value, (Mapping, list, tuple)) and len(value) == 0)
-    )
+def _dtype(name: str | None) -> torch.dtype | None:
+    return name and getattr(torch, name.removeprefix("torch."))
 
 
 def _send_calls_to(remote: RemoteModel, twin: Any) -> None:
@@ -171,19 +127,15 @@ def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict
     Raises:
         InvalidInput: something in the call cannot reach the ranks.
     """
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given |= given.pop(parameter.name, {})
-    x, timestep = (given.pop(name) for name in list(signature.parameters)[:2])
+    x, timestep, given = arguments(signature, args, kwargs)
     all_options = given.pop("transformer_options", None) or {}
     nets = tuple(all_options.get(NETS, ()))
     options = rank_options({name: value for name, value in all_options.items() if name != NETS})
     control = residuals(given.pop("control", None))
     if not isinstance(x, torch.Tensor):
         raise InvalidInput(
-            f"this family hands {len(x)} latents at once to its transformer, which is not in this version "
-            "of comfy_xdit. Use the stock loader."
+            f"{len(x)} latents at once are for a class of ComfyUI's own, and this model has another. "
+            "Use the stock loader."
         )
     conditions = options | {name: value for name, value in given.items() if value is not None}
     if control is not None and LENGTHS in conditions:

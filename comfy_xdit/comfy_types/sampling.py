@@ -17,7 +17,8 @@ import latent_preview
 import torch
 
 from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
-from comfy_xdit.comfy_types.model import pictures_of, rank_options, remote_of
+from comfy_xdit.comfy_types.model import pictures_of, remote_of
+from comfy_xdit.comfy_types.options import rank_options
 from comfy_xdit.comfy_types.patcher import RemotePatcher
 from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.nodes.surroundings import SamplerInputs

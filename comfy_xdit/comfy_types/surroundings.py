@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_xdit.comfy_types import (
     beginning,
+    choice,
     clip,
     controlnet,
     driving,
@@ -24,6 +25,7 @@ class ComfyUI:
     names = staticmethod(files.names)
     path = staticmethod(files.path)
 
+    comfyui_for = staticmethod(choice.comfyui_for)
     model_of = staticmethod(model.model_of)
     clip_of = staticmethod(clip.clip_of)
     vae_of = staticmethod(vae.vae_of)

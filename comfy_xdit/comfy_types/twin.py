@@ -14,11 +14,13 @@ import comfy.model_detection
 import comfy.ops
 import comfy.utils
 import torch
+from safetensors import safe_open
 
 from comfy_xdit.comfy_types.residuals import lend_embedders
 from comfy_xdit.protocol import safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
 
+Tensors = dict[str, torch.Tensor]
 META = torch.device("meta")
 # Names of safetensors headers. What is not here (packed formats) has bytes for elements.
 DTYPES = {
@@ -34,24 +36,18 @@ DTYPES = {
 }
 
 
-def build_twin(path: str | Path, dtype: torch.dtype) -> Any:
+def build_twin(path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | None = None) -> Any:
     """ComfyUI's BaseModel for the transformer at `path`, on the meta device.
 
     Args:
         path: a safetensors file, a diffusers transformer folder, or a pipeline that has one.
-        dtype: what ComfyUI casts the transformer's inputs to.
+        dtype: what ComfyUI casts the transformer's inputs to, unless there is a `manual_cast`.
 
     Raises:
         InvalidInput: this ComfyUI does not know the family, or the file is no safetensors file.
     """
-    shapes = transformer_shapes(Path(path))
-    config = _detect(shapes)
-    if config is None:
-        raise InvalidInput(
-            f"this ComfyUI does not recognise the diffusion model in {path}; "
-            "update ComfyUI, or choose a model of a family it knows."
-        )
-    config.set_inference_dtype(dtype, None)
+    config, shapes = detect(Path(path))
+    config.set_inference_dtype(dtype, manual_cast)
     config.custom_operations = _twin_operations()
     twin = config.get_model(shapes, "", device=META)
     # Shared by all clones. Nothing of this model needs the host's memory, and a host without any
@@ -60,14 +56,6 @@ def build_twin(path: str | Path, dtype: torch.dtype) -> Any:
     twin.state_dict_for_saving = _refuse_saving
     lend_embedders(twin.diffusion_model, transformer_files(Path(path)))
     return twin
-
-
-def transformer_shapes(path: Path) -> dict[str, torch.Tensor]:
-    """Meta tensors by name, of a safetensors file or of the shards in a diffusers folder."""
-    shapes: dict[str, torch.Tensor] = {}
-    for file in transformer_files(path):
-        shapes |= read_header(file)
-    return shapes
 
 
 def transformer_files(path: Path) -> list[Path]:
@@ -95,18 +83,40 @@ def read_header(file: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _detect(shapes: dict[str, torch.Tensor]) -> Any:
-    """ComfyUI's model config for these names and shapes, in its own spelling or diffusers'."""
-    detection = comfy.model_detection
-    prefix = detection.unet_prefix_from_state_dict(shapes)
-    inner = comfy.utils.state_dict_prefix_replace(dict(shapes), {prefix: ""}, filter_keys=True) or dict(
-        shapes
-    )
-    config = detection.model_config_from_unet(inner, "")
+def detect(path: Path) -> tuple[Any, Tensors]:
+    """ComfyUI's model configuration for the transformer at `path`, and meta tensors in ComfyUI's naming.
+
+    Raises:
+        InvalidInput: this ComfyUI does not know the family, or the file is no safetensors file.
+    """
+    tensors: Tensors = {}
+    metadata: dict[str, str] = {}
+    for file in transformer_files(path):
+        tensors |= read_header(file)
+        with safe_open(file, framework="pt") as stored:
+            metadata |= stored.metadata() or {}
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
+    tensors = inner or tensors
+    config, tensors = _config(tensors, metadata)
     if config is None:
-        converted = detection.convert_diffusers_mmdit(inner, "")
+        raise InvalidInput(
+            f"this ComfyUI does not recognise the diffusion model in {path}; "
+            "update ComfyUI, or choose a model of a family it knows."
+        )
+    return config, tensors
+
+
+def _config(tensors: Tensors, metadata: dict[str, str]) -> tuple[Any, Tensors]:
+    detection = comfy.model_detection
+    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
+    known = {"metadata": metadata} if hasattr(comfy.utils, "convert_old_quants") else {}
+    config = detection.model_config_from_unet(tensors, "", **known)
+    if config is None:
+        converted = detection.convert_diffusers_mmdit(dict(tensors), "")
         config = detection.model_config_from_unet(converted, "") if converted else None
-    return config
+        tensors = converted or tensors
+    return config, tensors
 
 
 def _twin_operations() -> type:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -46,6 +47,9 @@ class Headless:
     def self_check(self) -> tuple[str, ...]:
         """What has changed in ComfyUI: nothing where there is none."""
         return ()
+
+    def comfyui_for(self, path: Path, weight_dtype: str) -> None:
+        """There is no ComfyUI whose class a model could have."""
 
     def model_of(self, remote: RemoteModel) -> RemoteModel:
         """MODEL: the handle itself."""

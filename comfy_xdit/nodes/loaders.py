@@ -93,7 +93,8 @@ class XDiTLoadDiffusionModel:
         from comfy_xdit.remote import RemoteModel
 
         here = surroundings()
-        spec = ModelSpec.of(here.path("diffusion_models", unet_name), "transformer", weight_dtype)
+        path = here.path("diffusion_models", unet_name)
+        spec = ModelSpec.of(path, "transformer", weight_dtype, here.comfyui_for(path, weight_dtype))
         layout = planned(parallel, spec, here)
         return (here.model_of(loaded(RemoteModel(spec, layout), here)),)
 

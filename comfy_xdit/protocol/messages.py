@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.protocol.spec import ControlNet, IPAdapterFile, LoraFile, ModelSpec
+from comfy_xdit.protocol.spec import ControlNet, HostComfyUI, IPAdapterFile, LoraFile, ModelSpec
 
 # ------------------------------------------------------------------ host -> ranks
 
@@ -137,8 +137,10 @@ class Denoise:
     """One call of the transformer, with ComfyUI's arguments.
 
     `x` is (B, C, H, W), already scaled as the transformer expects; `timestep` is (B,), what
-    ComfyUI hands to the transformer; `conditions` are the keyword arguments (context, y, guidance
-    ...), each a tensor, a plain value, or a `Known` tensor. `forget` names tensors to drop.
+    ComfyUI hands to the transformer. A class of ComfyUI's own gets what it takes: several latents at
+    once, videos, a timestep per token, and `transformer_options` among the conditions.
+    `conditions` are the keyword arguments (context, y, guidance ...), each a tensor, a plain value, or a
+    `Known` tensor. `forget` names tensors to drop.
     `control` holds the residuals of ControlNets on the host, (B or 1, tokens, width) or None per
     block, by the names ComfyUI gives the lists. They change with every call and are not kept.
     `nets` are the ControlNets that the ranks run themselves.
@@ -148,8 +150,8 @@ class Denoise:
     """
 
     spec: ModelSpec
-    x: torch.Tensor
-    timestep: torch.Tensor
+    x: Any
+    timestep: Any
     conditions: dict[str, Any]
     forget: tuple[int, ...] = ()
     control: dict[str, list[torch.Tensor | None]] | None = None
@@ -157,6 +159,20 @@ class Denoise:
     nets: tuple[AppliedControlNet, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
     negative: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Have a method of the transformer computed that ComfyUI calls around its forward, with its weights.
+
+    Answer: what the method returns.
+    """
+
+    spec: ModelSpec
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    patches: PatchSet = NO_PATCHES
 
 
 @dataclass(frozen=True)
@@ -304,9 +320,10 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Check, CheckLora, CheckIPAdapter, Denoise, ImagePrompt, Keep, Known, Patch, PatchSet, Sample,
-        EncodeText, Decode, Encode, Stop, Forget, Status, Ready, Progress, Result, Failure, Cancelled,
-        ModelSpec, LoraFile, IPAdapterFile, ParallelConfig, ControlNet, AppliedControlNet,
+        Load, Check, CheckLora, CheckIPAdapter, Denoise, Preprocess, ImagePrompt, Keep, Known, Patch,
+        PatchSet, Sample, EncodeText, Decode, Encode, Stop, Forget, Status, Ready, Progress, Result, Failure,
+        Cancelled, ModelSpec, HostComfyUI, LoraFile, IPAdapterFile, ParallelConfig, ControlNet,
+        AppliedControlNet,
     )
 }  # fmt: skip
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.regular_files import check_there
 
-WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16")
+WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 SAMPLERS = ("euler", "heun", "dpmpp_2m")  # ComfyUI's names of those whose loop runs in the ranks
 # The control types of FLUX.1's union ControlNets (InstantX, Shakker Labs), by their numbers.
 CONTROL_TYPES = {
@@ -21,6 +21,22 @@ File = TypeVar("File", bound="AdapterFile")
 
 
 @dataclass(frozen=True)
+class HostComfyUI:
+    """The ComfyUI that the host runs, for ranks that use its classes.
+
+    Args:
+        root: the folder its packages are imported from.
+        version: as its `comfyui_version.py` says.
+        switches: name and value of the command-line switches that are set and act on a transformer; a value
+            is plain, or a tuple of names where the switch takes several.
+    """
+
+    root: str
+    version: str
+    switches: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One diffusion model, text encoder set or VAE on disk.
 
@@ -28,17 +44,26 @@ class ModelSpec:
         path: a safetensors file, or a diffusers folder (one with a `config.json`, or a pipeline
             with a `model_index.json`).
         kind: "transformer", "text_encoders" or "vae".
-        weight_dtype: one of WEIGHT_DTYPES; "default" is the file's dtype on a GPU, fp32 on CPU.
+        weight_dtype: one of WEIGHT_DTYPES; "default" is the file's dtype on a GPU, fp32 on CPU, or what
+            ComfyUI chooses for its own classes. Those with fp8 are for its classes alone.
         stamp: size and modification time of the file or index: another file is another spec.
+        comfyui: where the class of a transformer is ComfyUI's own; None is diffusers' class.
     """
 
     path: str
     kind: str
     weight_dtype: str = "default"
     stamp: tuple[int, int] = (0, 0)
+    comfyui: HostComfyUI | None = None
 
     @classmethod
-    def of(cls, path: str | Path, kind: str, weight_dtype: str = "default") -> ModelSpec:
+    def of(
+        cls,
+        path: str | Path,
+        kind: str,
+        weight_dtype: str = "default",
+        comfyui: HostComfyUI | None = None,
+    ) -> ModelSpec:
         """Describe what is at `path` now.
 
         Raises:
@@ -48,13 +73,18 @@ class ModelSpec:
             raise InvalidInput(
                 f"weight_dtype {weight_dtype!r} is not one of {', '.join(WEIGHT_DTYPES)}; choose one of them."
             )
+        if weight_dtype.startswith("fp8") and comfyui is None:
+            raise InvalidInput(
+                f"weight_dtype {weight_dtype} is for ComfyUI's own classes, and {Path(path).name} is loaded "
+                "into diffusers' class; set weight_dtype to bf16, or load a single file inside ComfyUI."
+            )
         path = Path(path)
         check_there(path, "a model that exists")
-        return cls(str(path.absolute()), kind, weight_dtype, _stamp(path))
+        return cls(str(path.absolute()), kind, weight_dtype, _stamp(path), comfyui)
 
     def check(self) -> None:
         """Raise InvalidInput if what is at the path is no longer what it was."""
-        if ModelSpec.of(self.path, self.kind, self.weight_dtype) != self:
+        if ModelSpec.of(self.path, self.kind, self.weight_dtype, self.comfyui) != self:
             raise InvalidInput(changed(self.path))
 
 

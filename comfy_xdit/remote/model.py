@@ -18,6 +18,7 @@ from comfy_xdit.protocol.messages import (
     Denoise,
     ImagePrompt,
     PatchSet,
+    Preprocess,
     Progress,
     Sample,
 )
@@ -69,19 +70,19 @@ class RemoteModel(Remote):
 
     def denoise(
         self,
-        x: torch.Tensor,
-        timestep: torch.Tensor,
+        x: Any,
+        timestep: Any,
         conditions: dict[str, Any],
         interrupted: Interrupt | None = None,
         control: dict[str, list[torch.Tensor | None]] | None = None,
         nets: tuple[AppliedControlNet, ...] = (),
         image_prompts: Sequence[ImagePrompt] = (),
         negative: Sequence[bool] = (),
-    ) -> torch.Tensor:
+    ) -> Any:
         """One transformer call with ComfyUI's arguments.
 
         Args:
-            x: (B, C, H, W) latent as the transformer expects it.
+            x: (B, C, H, W) latent as the transformer expects it; a class of ComfyUI's own may take several.
             timestep: (B,) as ComfyUI hands it to the transformer.
             conditions: keyword arguments (context, y, guidance ...).
             control: residuals of ControlNets, one list per place (see `Denoise`).
@@ -89,7 +90,7 @@ class RemoteModel(Remote):
             image_prompts, negative: pictures that act, and which rows do not see them.
 
         Returns:
-            The output, (B, C, H, W), on CPU.
+            The output, shaped like x, on CPU.
 
         Raises:
             InvalidInput: the layout is for whole sampling loops only.
@@ -118,6 +119,21 @@ class RemoteModel(Remote):
         if control is None and not nets and not image_prompts and "ref_latents" not in conditions:
             self._note(Denoise, x)
         return output
+
+    def preprocess(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], interrupted: Interrupt | None = None
+    ) -> Any:
+        """What a method of the transformer returns that ComfyUI calls around its forward; on CPU."""
+
+        def message(generation: int) -> Preprocess:
+            patches = sent_patches[self.parallel].refer(self.patches, generation)
+            return Preprocess(self.spec, method, args, kwargs, patches)
+
+        try:
+            return self._call(message, interrupted=interrupted).value
+        except BaseException:
+            sent_patches[self.parallel].reset()
+            raise
 
     def sample(
         self,
@@ -152,6 +168,8 @@ class RemoteModel(Remote):
 
     def _note(self, word: type, latent: torch.Tensor, *loop: Any) -> None:
         """The last call of this kind teaches the planner."""
+        if self.spec.comfyui is not None:  # whose shape says nothing of its time yet
+            return
         group = worker_group(self.parallel)
         timing = group.timings.get(word.__name__)
         self.calls.note(self.info, group.parallel, timing, tuple(latent.shape), *loop)

@@ -142,7 +142,7 @@ def test_several_latents_at_once_are_refused():
     from comfy_xdit.comfy_types.model import _arguments  # the call of a family of picture and sound
 
     signature = inspect.signature(lambda x, timesteps, context=None: None)
-    with pytest.raises(InvalidInput, match="hands 2 latents at once"):
+    with pytest.raises(InvalidInput, match="2 latents at once"):
         _arguments(signature, ([random_latent()] * 2, torch.ones(1)), {})
 
 

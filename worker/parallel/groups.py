@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,6 +103,15 @@ class RankGroups:
         word = torch.tensor([flag], dtype=torch.int32)
         dist.all_reduce(word, dist.ReduceOp.MAX, group=self._control)
         return bool(word.item())
+
+    def differ(self, word: str) -> bool:
+        """Whether the ranks have different words; on every rank."""
+        if self._control is None:
+            return False
+        number = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")
+        span = torch.tensor([number, -number])
+        dist.all_reduce(span, dist.ReduceOp.MAX, group=self._control)
+        return bool(span.sum() != 0)
 
     @property
     def everyone(self) -> dist.ProcessGroup | None:

@@ -16,22 +16,23 @@ from worker.checkpoints import Checkpoint, Part, Source
 
 # The block that computes and the next one, whose weights come meanwhile.
 BUFFERS = 2
-# Elements a weight begins at a multiple of: kernels want their operands aligned.
-ALIGNMENT = 64
+# Bytes a weight, and a rank's part, begins at a multiple of: kernels want their operands aligned.
+ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight is in the row of all weights of its block, in elements."""
+    """Where a weight is in the row of all weights of its block, in bytes."""
 
     block: int
     start: int
     shape: torch.Size
+    dtype: torch.dtype
 
     @property
     def stop(self) -> int:
-        """The element after its last."""
-        return self.start + self.shape.numel()
+        """The byte after its last."""
+        return self.start + self.shape.numel() * self.dtype.itemsize
 
 
 class ShardedWeights:
@@ -44,26 +45,26 @@ class ShardedWeights:
     Args:
         module: the transformer, its weights not read yet.
         blocks: names of its blocks in the order they run.
+        dtype: of all weights; None is each parameter's own.
     """
 
-    def __init__(self, module: nn.Module, blocks: Sequence[str], ranks: int, dtype: torch.dtype):
+    def __init__(self, module: nn.Module, blocks: Sequence[str], ranks: int, dtype: torch.dtype | None):
         self._blocks, self._ranks, self._dtype = list(blocks), ranks, dtype
         self.places: dict[str, Place] = {}
         self._lengths: list[int] = []  # of each rank's part of each block
         for number, block in enumerate(blocks):
             end = 0
             for name, parameter in module.get_submodule(block).named_parameters():
-                place = Place(number, -(-end // ALIGNMENT) * ALIGNMENT, parameter.shape)
+                place = Place(number, _aligned(end), parameter.shape, dtype or parameter.dtype)
                 self.places[f"{block}.{name}"] = place
                 end = place.stop
-            self._lengths.append(-(-end // ranks))
+            self._lengths.append(_aligned(-(-end // ranks)))
         self._coming: tuple[int, list[dist.Work]] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that this rank keeps, with the buffers."""
-        kept = sum(self._lengths) + BUFFERS * max(self._lengths) * self._ranks
-        return kept * self._dtype.itemsize
+        return sum(self._lengths) + BUFFERS * max(self._lengths) * self._ranks
 
     def load(
         self,
@@ -78,21 +79,26 @@ class ShardedWeights:
         Args:
             group: the ranks that share the weights.
         """
-        self._group, self._rank = group, dist.get_rank(group)
-        self._parts = [torch.zeros(length, dtype=self._dtype, device=device) for length in self._lengths]
-        size = max(self._lengths) * self._ranks
-        buffers = [torch.empty(size, dtype=self._dtype, device=device) for _ in range(BUFFERS)]
-        self._rows = [buffers[i % BUFFERS][: n * self._ranks] for i, n in enumerate(self._lengths)]
-        for number, name in enumerate(self._blocks):
+        self.attach(module, group, device)
+        for number in range(len(self._blocks)):
             places = {weight: place for weight, place in self.places.items() if place.block == number}
             wanted = {w: Part(mapping[w], *self._own(p)) for w, p in places.items() if self._has(p)}
             # A block at a time, so that no more of the file than that is mapped at once.
             for weight, tensor in checkpoint.parts(wanted, self._dtype):
                 self._target(places[weight]).copy_(tensor)
-            for weight, place in places.items():
-                owner, _, leaf = weight.rpartition(".")
-                view = self._rows[number][place.start : place.stop].view(place.shape)
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
+
+    def attach(self, module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Put the parameters where they will be gathered; `write` gives them their values."""
+        self._group, self._rank = group, dist.get_rank(group)
+        self._parts = [torch.zeros(n, dtype=torch.uint8, device=device) for n in self._lengths]
+        size = max(self._lengths) * self._ranks
+        buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
+        self._rows = [buffers[i % BUFFERS][: n * self._ranks] for i, n in enumerate(self._lengths)]
+        for weight, place in self.places.items():
+            owner, _, leaf = weight.rpartition(".")
+            view = self._rows[place.block][place.start : place.stop].view(place.dtype).view(place.shape)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
+        for number, name in enumerate(self._blocks):
             module.get_submodule(name).register_forward_pre_hook(
                 lambda _module, _args, number=number: self._gather(number)
             )
@@ -153,13 +159,18 @@ class ShardedWeights:
         """The elements of a weight that this rank keeps."""
         length = self._lengths[place.block]
         first, size = self._rank * length - place.start, place.stop - place.start
-        return min(max(first, 0), size), min(max(first + length, 0), size)
+        start, stop = min(max(first, 0), size), min(max(first + length, 0), size)
+        return start // place.dtype.itemsize, stop // place.dtype.itemsize
 
     def _target(self, place: Place) -> torch.Tensor:
         """Where this rank keeps its elements of a weight."""
-        start, stop = self._own(place)
+        start, stop = (element * place.dtype.itemsize for element in self._own(place))
         offset = place.start - self._rank * self._lengths[place.block]
-        return self._parts[place.block][offset + start : offset + stop]
+        return self._parts[place.block][offset + start : offset + stop].view(place.dtype)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -71,17 +71,21 @@ class LoraFiles:
     """Reads LoRA files for one model. The whole model counts, also where this rank has a part of it.
 
     Args:
-        family: what the model is.
-        config: its configuration.
-        shapes: the tensors of its file.
+        family: what the model is, in words.
+        names: what LoRA files call its weights.
+        shapes: of its weights, by native name.
     """
 
-    def __init__(self, family: ModelFamily, config: dict[str, Any], shapes: Shapes):
-        native = family.native_mapping(config)
-        self._family = family.name
-        self._names = LoraNames(native, family.lora_names(config))
-        self._shapes = _native_shapes(native, family.mapping(shapes, config), shapes)
+    def __init__(self, family: str, names: LoraNames, shapes: Shapes):
+        self._family, self._names, self._shapes = family, names, shapes
         self._read: dict[LoraFile, Contents] = {}
+
+    @classmethod
+    def of(cls, family: ModelFamily, config: dict[str, Any], shapes: Shapes) -> LoraFiles:
+        """For a family with `config`, whose file has tensors of these shapes."""
+        native = family.native_mapping(config)
+        names = LoraNames(native, family.lora_names(config))
+        return cls(family.name, names, _native_shapes(native, family.mapping(shapes, config), shapes))
 
     def expand(self, weights: dict[str, tuple[Patch, ...]]) -> dict[str, tuple[Patch, ...]]:
         """Patches of the kind `file` replaced by what the file says of the weight, the others as they are.

@@ -5,6 +5,8 @@ No copy of a patched weight is kept: its base is read from the file again, a mem
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Set
 from itertools import groupby
 from typing import Protocol
 
@@ -72,15 +74,58 @@ class Weight(Protocol):
     def copy_(self, tensor: torch.Tensor, /) -> object: ...
 
 
-class PatchedWeights:
-    """A model's weights, where the patches of one set are applied.
+class PatchedModel(ABC):
+    """A model whose weights have the patches of one set.
+
+    Args:
+        known: native names of every weight of the model, also those that other ranks have.
+        held: those that this rank has.
+        loras: what patches of the kind `file` stand for.
+    """
+
+    def __init__(self, known: Set[str], held: Set[str], loras: LoraFiles):
+        self._known, self._held, self._loras = known, held, loras
+        self._name, self._applied = "", dict[str, tuple[Patch, ...]]()
+
+    def apply(self, name: str, store: PatchStore) -> int:
+        """Have the patches of the set `name`, and no other. Returns how many weights were written.
+
+        Raises:
+            InvalidInput: a patch for a weight the model lacks, or of another shape.
+        """
+        if name == self._name:
+            return 0
+        wanted = self._loras.expand(store.weights(name))
+        unknown = sorted(wanted.keys() - self._known)
+        if unknown:
+            raise InvalidInput(
+                f"a patch is for {unknown[0]}, which this model lacks; "
+                "choose a LoRA file made for this model."
+            )
+        wanted = {key: patches for key, patches in wanted.items() if key in self._held}
+        changed = [key for key in {**self._applied, **wanted} if wanted.get(key) != self._applied.get(key)]
+        self._name = None  # in between, and after an error, it is no set
+        for key in self.write(changed, wanted, store):
+            self._applied.pop(key, None)
+            if key in wanted:
+                self._applied[key] = wanted[key]
+        self._name = name
+        return len(changed)
+
+    @abstractmethod
+    def write(self, changed: list[str], wanted: Weights, store: PatchStore) -> Iterator[str]:
+        """Give each weight its patches, or what the file says where it has none. Yields those done."""
+
+
+class PatchedWeights(PatchedModel):
+    """The weights of a diffusers class.
 
     Args:
         weights: by diffusers name what this rank has; written in place.
         native: where each of them is in the original release's naming, which patches use.
         checkpoint: the file, and `mapping`: where each of them is in it.
         dtype: what the file's tensors are cast to.
-        loras: what patches of the kind `file` stand for.
+        loras: as of PatchedModel.
     """
 
     def __init__(
@@ -93,40 +138,19 @@ class PatchedWeights:
         loras: LoraFiles,
     ):
         self._weights, self._checkpoint, self._mapping, self._dtype = weights, checkpoint, mapping, dtype
-        self._loras = loras
         self._pieces: dict[str, list[tuple[str, Source]]] = {}
         for name, source in native.items():
             self._pieces.setdefault(source.key, []).append((name, source))
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece[1].start or 0)
-        self._held = {key for key, pieces in self._pieces.items() if pieces[0][0] in weights}
-        self._name, self._applied = "", dict[str, tuple[Patch, ...]]()
+        held = {key for key, pieces in self._pieces.items() if pieces[0][0] in weights}
+        super().__init__(self._pieces.keys(), held, loras)
 
-    def apply(self, name: str, store: PatchStore) -> int:
-        """Have the patches of the set `name`, and no other. Returns how many weights were written.
-
-        Raises:
-            InvalidInput: a patch for a weight the model lacks, or of another shape.
-        """
-        if name == self._name:
-            return 0
-        wanted = self._loras.expand(store.weights(name))
-        unknown = sorted(wanted.keys() - self._pieces.keys())
-        if unknown:
-            raise InvalidInput(
-                f"a patch is for {unknown[0]}, which this model lacks; "
-                "choose a LoRA file made for this model."
-            )
-        wanted = {key: patches for key, patches in wanted.items() if key in self._held}
-        changed = [key for key in {**self._applied, **wanted} if wanted.get(key) != self._applied.get(key)]
-        self._name = None  # in between, and after an error, it is no set
+    def write(self, changed: list[str], wanted: Weights, store: PatchStore) -> Iterator[str]:
+        """As of PatchedModel."""
         for key, base in self._read(changed):
             self._write(key, base, wanted.get(key, ()), store)
-            self._applied.pop(key, None)
-            if key in wanted:
-                self._applied[key] = wanted[key]
-        self._name = name
-        return len(changed)
+            yield key
 
     def _read(self, keys: list[str]):
         """The base of each weight as the pieces the model has, from the file."""

@@ -15,6 +15,7 @@ from comfy_xdit.protocol.messages import LENGTHS, ImagePrompt
 if TYPE_CHECKING:
     from worker.transformer.controlnets import NetCall
 
+OPTIONS = "transformer_options"  # of ComfyUI's classes: about the whole call, never about one row
 Rows = slice | list[int]
 
 
@@ -33,22 +34,22 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Batch:
-    """ComfyUI's arguments of one call (see `messages.Denoise`).
+    """ComfyUI's arguments of one call (see `messages.Denoise`); `x` may be several latents at once.
 
     Prompts of different length come as one context, padded behind, with their true lengths (B,) in
     the condition `context_lengths`. `nets` are the ControlNets that run beside the transformer,
     `pictures` what prompts it through IP-Adapters.
     """
 
-    x: torch.Tensor
-    timestep: torch.Tensor
+    x: torch.Tensor | list[torch.Tensor]
+    timestep: torch.Tensor | tuple[torch.Tensor, ...]
     conditions: dict[str, Any]
     control: dict[str, list[torch.Tensor | None]] | None = None
     nets: tuple[NetCall, ...] = ()
     pictures: Pictures | None = None
 
     def __len__(self) -> int:
-        return self.x.shape[0]
+        return (self.x if isinstance(self.x, torch.Tensor) else self.x[0]).shape[0]
 
     def rows(self, rows: Rows) -> Batch:
         """Some of the rows. What has no row of its own (one guidance for all) is left whole."""
@@ -58,8 +59,8 @@ class Batch:
             if isinstance(value, torch.Tensor):
                 return value[rows] if value.ndim and value.shape[0] == size else value
             if isinstance(value, dict):
-                return {name: cut(part) for name, part in value.items()}
-            return [cut(part) for part in value] if isinstance(value, list) else value
+                return {name: part if name == OPTIONS else cut(part) for name, part in value.items()}
+            return type(value)(map(cut, value)) if isinstance(value, (list, tuple)) else value
 
         nets = tuple(replace(net, hint=cut(net.hint)) for net in self.nets)
         pictures = self.pictures and replace(self.pictures, negative=self.pictures.negative[rows])

@@ -48,7 +48,7 @@ class Transformer:
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         self.module = _build(self.family, self.config, spec.path)
         check_complete(self.module, self._mapping, checkpoint, spec.path)
-        self.loras = LoraFiles(self.family, self.config, checkpoint.shapes)
+        self.loras = LoraFiles.of(self.family, self.config, checkpoint.shapes)
         self.ip_adapters = IPAdapters(self.family, self.config, self.dtype, groups.device)
         self._parameters = sum(p.numel() for p in self.module.parameters())
         self.stage: Stage | None = None
@@ -97,6 +97,13 @@ class Transformer:
 
     def _own_image(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._tokens.own(tokens, "image")
+
+    def require(self, what: str) -> None:
+        """Nothing is refused: a diffusers class takes ControlNets, IP-Adapters and whole loops."""
+
+    def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Refused: ComfyUI's own classes alone have such methods."""
+        raise InvalidInput(f"{self.family.name} has no {method} in diffusers' class; restart ComfyUI.")
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written.

@@ -1,9 +1,10 @@
-"""Lets a torchvision built for CUDA import beside a CPU-only torch; for test machines without a GPU.
+"""Lets a torchvision built for CUDA import beside a CPU-only torch, and ComfyUI detect tiny files.
 
 Its compiled operators do not load there, and all it then needs at import are the schemas of two of
 them. On PYTHONPATH of test processes only; the pack itself never needs it.
 """
 
+import os
 import sys
 from importlib.abc import MetaPathFinder
 
@@ -28,3 +29,6 @@ def _define_schemas():
 
 
 sys.meta_path.insert(0, _BeforeTorchvision())
+
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+import tiny_detection  # noqa: E402, F401 - acts when ComfyUI's detection is imported

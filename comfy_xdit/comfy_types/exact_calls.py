@@ -1,0 +1,96 @@
+"""The calls of a twin whose class runs in the ranks too: they travel with exactly the arguments they have."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from comfy_xdit.comfy_types.controlnet import NETS
+from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
+from comfy_xdit.comfy_types.options import plain_options
+from comfy_xdit.comfy_types.residuals import residuals
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.remote import RemoteModel
+
+_NONE = object()
+OPTIONS = "transformer_options"
+# Methods of the transformer that ComfyUI calls around its forward, and that need weights.
+AROUND = ("preprocess_text_embeds",)
+
+
+def answer_for(remote: RemoteModel, twin: Any) -> None:
+    """Have the ranks do what the twin's transformer is asked for.
+
+    The innermost method is replaced, so that ComfyUI's wrappers around it stay. The ranks call the same one
+    (worker/models/comfyui/transformer.py).
+    """
+    transformer = twin.diffusion_model
+    name = "_forward" if hasattr(transformer, "_forward") else "forward"
+    signature = inspect.signature(getattr(transformer, name))
+    # What the class would take anyway stays here: it may be no plain data.
+    defaults = {key: parameter.default for key, parameter in signature.parameters.items()}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x, timestep, given = arguments(signature, args, kwargs)
+        given = {key: value for key, value in given.items() if value is not defaults.get(key, _NONE)}
+        options = given.pop(OPTIONS, None) or {}
+        if options.get(NETS):
+            raise InvalidInput(
+                "a ControlNet in the ranks needs diffusers' class of a model, and "
+                f"{type(transformer).__name__} runs in ComfyUI's own; use a stock ControlNet loader and "
+                "'Apply ControlNet'."
+            )
+        control = residuals(given.pop("control", None))
+        conditions = given | {OPTIONS: plain_options(options)}
+        _refuse_empty([x, timestep, conditions], transformer)
+        raise_if_interrupted()
+        with interruptible():
+            out = remote.denoise(x, timestep, conditions, interrupted=interrupted, control=control)
+        return _to(out, (x if isinstance(x, torch.Tensor) else x[0]).device)
+
+    def around(method: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            raise_if_interrupted()
+            with interruptible():
+                out = remote.preprocess(method, args, kwargs, interrupted=interrupted)
+            return _to(out, next(a for a in args if isinstance(a, torch.Tensor)).device)
+
+        return call
+
+    # Instance attributes: nn.Module.__setattr__ would do the same, more slowly.
+    object.__setattr__(transformer, name, forward)
+    for method in AROUND:
+        if hasattr(transformer, method):
+            object.__setattr__(transformer, method, around(method))
+
+
+def arguments(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Latents, timestep and the other arguments of one call, under the names the class gives them."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    x, timestep = (given.pop(name) for name in list(signature.parameters)[:2])
+    return x, timestep, given
+
+
+def _refuse_empty(values: Any, transformer: Any) -> None:
+    """Raise InvalidInput for a tensor that was computed with the twin's weights, which it has not."""
+    if isinstance(values, torch.Tensor) and values.is_meta:
+        raise InvalidInput(
+            f"this ComfyUI computes with weights of {type(transformer).__name__} before it calls it, which "
+            "is not in this version of comfy_xdit. Use the stock loader."
+        )
+    if isinstance(values, (list, tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            _refuse_empty(value, transformer)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return type(value)(_to(part, device) for part in value)

@@ -1,0 +1,236 @@
+"""A loaded transformer of ComfyUI's own class, called with exactly the arguments of the host's call."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import ModelSpec
+from worker.checkpoints import Checkpoint
+from worker.models.comfyui.building import blocks, build, fill, materialise, outline
+from worker.models.comfyui.detection import Detected, detect
+from worker.models.comfyui.weights import PatchedComfyUI, lora_files
+from worker.parallel.groups import Degrees, RankGroups
+from worker.parallel.sharding import ShardedWeights
+from worker.patches.lora_files import LoraFiles
+from worker.patches.weights import PatchStore
+from worker.transformer.batch import Batch
+from worker.transformer.control import Residuals
+from worker.transformer.controlnets import NetCall
+from worker.transformer.interface import Latents
+
+# Classes in which a row of the batch is not what it is alone: they pair the rows of both prompts.
+ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT"})
+AROUND = ("preprocess_text_embeds",)
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+WIDTH = ("hidden_size", "dim", "inner_dim", "model_channels", "model_dim", "embed_dim", "hidden_dim")
+
+
+class ComfyUITransformer:
+    """One transformer on this rank's device, of the class that ComfyUI builds for the file."""
+
+    def __init__(self, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
+        self._groups, self._degrees, self._path = groups, degrees, spec.path
+        self._checkpoint = Checkpoint([Path(spec.path)], quantised=True)
+        self._weight_dtype = spec.weight_dtype
+        self._detected = self._detect()
+        self._patched: PatchedComfyUI | None = None
+        self._check_degrees()
+
+    # ------------------------------------------------------------------ what it is
+
+    @cached_property
+    def _outline(self) -> Any:
+        """ComfyUI's BaseModel of the file, without memory."""
+        return outline(self._detect())
+
+    @property
+    def name(self) -> str:
+        """ComfyUI's name of the class."""
+        return type(self._outline.diffusion_model).__name__
+
+    @cached_property
+    def loras(self) -> LoraFiles:
+        """Reads LoRA files for it."""
+        return lora_files(self._outline)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of this rank's weights."""
+        shards, whole = self._planned_shards, self._bytes
+        if shards is None:
+            return whole
+        spread = sum(p.shape.numel() * p.dtype.itemsize for p in shards.places.values())
+        return whole - spread + shards.nbytes
+
+    @property
+    def _bytes(self) -> int:
+        tensors = self._detected.tensors.values()
+        if self._detected.quantised:
+            return sum(t.nbytes for t in tensors)
+        return sum(t.numel() for t in tensors) * self._detected.dtype.itemsize
+
+    @cached_property
+    def _planned_shards(self) -> ShardedWeights | None:
+        if self._degrees.shards == 1:
+            return None
+        module = self._outline.diffusion_model
+        return ShardedWeights(module, blocks(module), self._degrees.shards, self._detected.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """What the host needs to know: plain values only. The twin knows the rest."""
+        detected, config = self._detected, self._detected.config
+        unet, latent = config.unet_config, config.latent_format
+        names = blocks(self._outline.diffusion_model)
+        told = {
+            "family": self.name,
+            "comfyui": True,
+            "latent_channels": latent.latent_channels,
+            "latent_dimensions": latent.latent_dimensions,
+            "heads": next((unet[name] for name in HEADS if isinstance(unet.get(name), int)), None),
+            "width": next((unet[name] for name in WIDTH if isinstance(unet.get(name), int)), None),
+            "blocks": len(names),
+            "rows_apart": self.name not in ROWS_TOGETHER,
+            # Guidance that is distilled into a model leaves nothing to spread over two prompts.
+            "cfg": not unet.get("guidance_embed", False),
+            "stored": str(self._checkpoint.common_dtype()).removeprefix("torch."),
+            "dtype": str(detected.dtype).removeprefix("torch."),
+            "manual_cast": detected.manual_cast and str(detected.manual_cast).removeprefix("torch."),
+            "quantised": detected.quantised,
+            "parameters": sum(math.prod(t.shape) for t in detected.tensors.values()),
+            "spread": False,
+        }
+        return {name: value for name, value in told.items() if value is not None}
+
+    def _detect(self) -> Detected:
+        return detect(self._checkpoint, self._path, self._weight_dtype, self._groups.device)
+
+    # ------------------------------------------------------------------ weights
+
+    def load(self) -> None:
+        """Build the class and copy its weights from the file, tensor after tensor."""
+        device, sharded = self._groups.device, self._degrees.shards > 1
+        module = build(self._detected, device, without_memory=sharded)
+        shards = None
+        if sharded:
+            shards = ShardedWeights(module, blocks(module), self._degrees.shards, None)
+            materialise(module, device, but=tuple(shards.places))
+            shards.attach(module, self._groups.shard_group, device)
+        elsewhere = tuple(shards.places) if shards else ()
+        for name, tensor in fill(module, self._detected, self._path, elsewhere).items():
+            shards.write(name, tensor)
+        module.eval().requires_grad_(False)
+        self._agree_on_dtypes()
+        self.module, self._shards = module, shards
+        self._patched = PatchedComfyUI(module, self._detected, shards, self.loras)
+        if hasattr(module, "_forward"):
+            # Wrappers around the call, which `forward` runs, have run on the host (comfy_types/model.py). As
+            # `forward` itself, so that hooks on the module are called.
+            object.__setattr__(module, "forward", module._forward)
+
+    def patch(self, name: str, store: PatchStore) -> int:
+        """Have the weight patches of one set. Returns how many weights were written."""
+        return self._patched.apply(name, store)
+
+    def _agree_on_dtypes(self) -> None:
+        """ComfyUI chooses dtypes by what a device can: on different devices that may be different ones."""
+        mine = tuple(str(dtype) for dtype in (self._detected.dtype, self._detected.manual_cast))
+        if self._groups.differ("/".join(mine)):
+            raise InvalidInput(
+                f"ComfyUI computes {self._path} in different dtypes on the devices of this layout (here "
+                f"{mine[0]}, cast to {mine[1]}); set weight_dtype to bf16 or fp16, or choose equal devices."
+            )
+
+    # ------------------------------------------------------------------ calls
+
+    def require(self, what: str) -> None:
+        """Raise InvalidInput: whatever is asked for here is made for diffusers' classes."""
+        raise InvalidInput(
+            f"{what} in the ranks needs diffusers' class of a model, and {Path(self._path).name} runs in "
+            f"ComfyUI's own ({self.name}). {self._remedy(what)}"
+        )
+
+    def _remedy(self, what: str) -> str:
+        if type(self._detected.config).__name__ in ("Flux", "FluxSchnell", "SD3"):
+            return "Set weight_dtype to bf16, or choose a file in fp16 or bf16."
+        return f"Use stock nodes instead of {what}."
+
+    def check(
+        self,
+        x: Latents,
+        conditions: dict[str, Any],
+        control: Residuals | None = None,
+        nets: Sequence[NetCall] = (),
+    ) -> dict[str, Any]:
+        """The conditions, as they are. Raises InvalidInput for latents that are not finite."""
+        if nets:
+            self.require("a ControlNet")
+        for latent in [x] if isinstance(x, torch.Tensor) else x:
+            if not torch.isfinite(latent).all():
+                raise InvalidInput(
+                    "the latent holds values that are not finite (NaN or infinity); check the node that "
+                    "made it."
+                )
+        return conditions
+
+    def predict_batch(self, batch: Batch) -> Latents:
+        """The output of one call, as ComfyUI's class gives it.
+
+        The rows are spread over the branches. One without any computes the first, which costs no time: it
+        has the shape of what the others send, and takes part in what they share.
+        """
+        shard = self._groups.rows(len(batch)) if self.name not in ROWS_TOGETHER else None
+        if shard is None:
+            return self._call(batch)
+        own = shard.span(self._groups.branch)
+        has_rows = own.start < own.stop
+        outputs = self._call(batch.rows(own if has_rows else slice(0, 1)))
+
+        def gathered(output: torch.Tensor) -> torch.Tensor:
+            return self._groups.gather_rows(output if has_rows else output[:0], shard)
+
+        return (
+            gathered(outputs) if isinstance(outputs, torch.Tensor) else [gathered(part) for part in outputs]
+        )
+
+    def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a method returns that ComfyUI calls around the forward."""
+        if method not in AROUND:
+            raise InvalidInput(
+                f"{method} of {self.name} is not called in the ranks; they know {', '.join(AROUND)}."
+            )
+        return getattr(self.module, method)(*args, **kwargs)
+
+    def _call(self, batch: Batch) -> Latents:
+        given = dict(batch.conditions)
+        parameters = inspect.signature(self.module.forward).parameters
+        if batch.control is not None or "control" in parameters:
+            given["control"] = batch.control
+        return self.module(batch.x, batch.timestep, **given)
+
+    def _check_degrees(self) -> None:
+        """Raise InvalidInput for a layout that spreads tokens or blocks of it."""
+        degrees = self._degrees
+        for name, degree in (
+            ("pipefusion_degree", degrees.stages),
+            ("ulysses_degree", degrees.ulysses),
+            ("ring_degree", degrees.ring),
+        ):
+            if degree > 1:
+                raise InvalidInput(
+                    f"{name} {degree} is for models whose tokens comfy_xdit knows, and ComfyUI's {self.name} "
+                    f"of {Path(self._path).name} is none; set {name} to 1, and cfg_parallel_degree, "
+                    "data_parallel_degree or shard_weights instead."
+                )
+        if degrees.shards > 1 and self._detected.quantised:
+            raise InvalidInput(
+                f"{Path(self._path).name} holds quantised weights, which cannot be spread over ranks; "
+                "set shard_weights to false."
+            )

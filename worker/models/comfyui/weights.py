@@ -1,0 +1,118 @@
+"""Patches (LoRA and its kin) on the weights of ComfyUI's own class, whose names they use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.utils
+import torch
+from torch import nn
+
+from comfy_xdit.protocol.messages import Patch
+from worker.checkpoints import Source
+from worker.models.comfyui.detection import Detected, named
+from worker.parallel.sharding import ShardedWeights
+from worker.patches.adapters import patched
+from worker.patches.lora_files import LoraFiles
+from worker.patches.lora_names import WRITTEN_WITH_DOTS, WRITTEN_WITH_UNDERSCORES, LoraNames
+from worker.patches.weights import COMPUTE_DTYPE, PatchedModel, PatchStore, Weights
+
+PREFIX = "diffusion_model."  # what ComfyUI calls a transformer's weights by, outside of it
+
+
+def lora_files(outline: Any) -> LoraFiles:
+    """Reads LoRA files in every naming that ComfyUI itself knows for this model.
+
+    Args:
+        outline: its BaseModel over meta tensors.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in outline.diffusion_model.state_dict().items()}
+    native = {name: Source(name) for name in shapes}
+    further = {}
+    for written, target in comfy.lora.model_lora_keys_unet(outline, {}).items():
+        key, *place = (target,) if isinstance(target, str) else target
+        name = key.removeprefix(PREFIX)
+        start, stop = None, None
+        if place and place[0] is not None:
+            dim, start, length = place[0]
+            stop = start + length
+        if written.startswith(WRITTEN_WITH_UNDERSCORES) or name not in native or (place and place[0] and dim):
+            continue
+        for prefix in WRITTEN_WITH_DOTS:
+            written = written.removeprefix(prefix)
+        weight = written if written.endswith(".weight") else f"{written}.weight"
+        if weight not in native:
+            further[weight] = Source(name, start, stop)
+    return LoraFiles(type(outline.diffusion_model).__name__, LoraNames(native, further), shapes)
+
+
+class PatchedComfyUI(PatchedModel):
+    """The weights of a ComfyUI class, patched as ComfyUI patches them: added in fp32, rounded as it rounds.
+
+    The base of a plain weight is read from the file again; of one in a format of its own it is kept.
+
+    Args:
+        module: the loaded transformer, written to.
+        shards: what this rank has of some of the weights only.
+    """
+
+    def __init__(
+        self, module: nn.Module, detected: Detected, shards: ShardedWeights | None, loras: LoraFiles
+    ):
+        self._module, self._detected, self._shards = module, detected, shards
+        self._kept: dict[str, nn.Parameter] = {}
+        names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+        super().__init__(names, names, loras)
+
+    def write(self, changed: list[str], wanted: Weights, store: PatchStore) -> Iterator[str]:
+        """As of PatchedModel."""
+        base = named(self._detected) if changed else {}
+        for name in changed:
+            owner, _, leaf = name.rpartition(".")
+            layer = self._module.get_submodule(owner)
+            if hasattr(layer, f"set_{leaf}"):
+                self._write_format(name, layer, leaf, wanted.get(name, ()), store)
+            else:
+                self._write_plain(name, base[name], wanted.get(name, ()), store)
+            yield name
+
+    def _write_plain(
+        self, name: str, base: torch.Tensor, patches: tuple[Patch, ...], store: PatchStore
+    ) -> None:
+        place = self._shards.places.get(name) if self._shards else None
+        own = None if place else comfy.utils.get_attr(self._module, name)
+        dtype, device = (place.dtype, self._shards.device) if place else (own.dtype, own.device)
+        # To the dtype of the loaded weight first: that is what ComfyUI patches.
+        whole = base.to(device, dtype)
+        if patches:
+            whole = _patched(name, whole.to(COMPUTE_DTYPE, copy=True), patches, store)
+            whole = comfy.float.stochastic_rounding(whole, dtype, seed=_seed(name))
+        if place:
+            self._shards.write(name, whole)
+        else:
+            own.copy_(whole)
+
+    def _write_format(
+        self, name: str, layer: nn.Module, leaf: str, patches: tuple[Patch, ...], store: PatchStore
+    ) -> None:
+        """Of a layer that keeps its weight in a format of its own: by ComfyUI's conversion, and back."""
+        base = self._kept.setdefault(name, getattr(layer, leaf))
+        setattr(layer, leaf, base)
+        if not patches:
+            del self._kept[name]
+            return
+        whole = getattr(layer, f"convert_{leaf}")(base.to(COMPUTE_DTYPE, copy=True), inplace=True)
+        whole = _patched(name, whole, patches, store)
+        getattr(layer, f"set_{leaf}")(whole, inplace_update=False, seed=_seed(name))
+
+
+def _patched(name: str, whole: torch.Tensor, patches: tuple[Patch, ...], store: PatchStore) -> torch.Tensor:
+    return patched(name, whole, patches, lambda patch: store.tensors(patch, whole.device))
+
+
+def _seed(name: str) -> int:
+    """What ComfyUI's stochastic rounding of a patched weight begins with."""
+    return comfy.utils.string_to_seed(f"{PREFIX}{name}")

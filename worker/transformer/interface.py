@@ -1,0 +1,57 @@
+"""What the engine, the sampling loop and the planner need of a loaded transformer, whatever its class is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from worker.patches.lora_files import LoraFiles
+from worker.patches.weights import PatchStore
+from worker.transformer.batch import Batch
+from worker.transformer.control import Residuals
+from worker.transformer.controlnets import NetCall
+
+# One latent, or several at once (a video's picture and sound).
+Latents = torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...]
+
+
+class LoadedTransformer(Protocol):
+    """A transformer in this rank's memory, or opened to be.
+
+    `nbytes` are those of this rank's weights, known before they are read; `loras` reads files for it.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def loras(self) -> LoraFiles: ...
+
+    def load(self) -> None:
+        """Read the weights; on all ranks alike."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the host needs to know: plain values only."""
+
+    def require(self, what: str) -> None:
+        """Raise InvalidInput if only the other kind of class can do `what` (words for a person)."""
+
+    def patch(self, name: str, store: PatchStore) -> int:
+        """Have the weight patches of one set. Returns how many weights were written."""
+
+    def check(
+        self,
+        x: Latents,
+        conditions: dict[str, Any],
+        control: Residuals | None = None,
+        nets: Sequence[NetCall] = (),
+    ) -> dict[str, Any]:
+        """The conditions to call with. Raises InvalidInput before any rank has begun to compute."""
+
+    def predict_batch(self, batch: Batch) -> Latents:
+        """The output of one call; on all ranks alike."""
+
+    def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a method beside the forward returns; on all ranks alike."""
