@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from comfy_xdit.protocol.errors import (
     Interrupted,
@@ -19,6 +21,7 @@ from comfy_xdit.protocol.errors import (
     OutOfDeviceMemory,
     RemoteError,
     WorkerDied,
+    XDiTError,
 )
 from comfy_xdit.protocol.messages import Forget
 from comfy_xdit.protocol.parallel import ParallelConfig
@@ -262,6 +265,17 @@ def test_an_answer_that_cannot_cross_is_an_error_and_keeps_the_ranks(ready):
     pids = ready.pids
     with pytest.raises(RemoteError, match="set cannot cross the bridge"):
         ready.call(do("answer what cannot cross"))
+    assert runs(ready) and ready.pids == pids
+
+
+def test_a_message_for_which_there_is_no_memory_costs_nothing(ready):
+    pids, (soft, hard) = ready.pids, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(XDiTError, match="no memory to hand a message to the ranks"):
+            ready.call(do("nothing", picture=torch.zeros(1 << 20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert runs(ready) and ready.pids == pids
 
 

@@ -84,7 +84,10 @@ class Conversation:
 
     def cancel(self) -> None:
         """Ask the ranks to stop at the next step; they have so long, from the first time on."""
-        self._bridge.interrupt(self._job)
+        try:
+            self._bridge.interrupt(self._job)
+        except RuntimeError as error:  # the store
+            raise WorkerDied(f"the bridge to the ranks failed {self._doing()}: {error}. {NEXT}") from error
         self._cancelled = min(self._cancelled, time.monotonic() + self._limits.cancel)
 
     def _next(self, seconds: float) -> Event | None:
@@ -119,6 +122,8 @@ class Conversation:
 
     def _check(self) -> None:
         """Raise when the ranks that have not answered will not, or not in time."""
+        if self._vigil.due() and self._cancelled == float("inf"):
+            return  # most calls are over before anybody has to look
         missing = [rank for rank in self.ranks if rank not in self.replies]
         if not missing:
             return

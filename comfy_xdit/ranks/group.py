@@ -247,7 +247,7 @@ class WorkerGroup:
         try:
             talk.cancel()
             replies = talk.collect()
-        except (WorkerDied, Unanswered, RuntimeError):
+        except (WorkerDied, Unanswered):
             self._end()
             return
         except BaseException:
