@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfy_xdit import cli
-from comfy_xdit.headless.workflow import PACK_MODULE, NodeFailed, node_classes, run_file
+from comfy_xdit.headless.workflow import NodeFailed, node_classes, run_file
+from comfy_xdit.nodes.config import parallel_config
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.registry import running_groups
 from tests import tiny
@@ -25,24 +26,17 @@ TWO = {"strategy": "manual", "ulysses_degree": 2, "devices": "cpu,cpu"}
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory):
-    """The demo graph on two ranks, few steps; `nodes` are the classes it is made of."""
+    """The demo graph on two ranks, few steps."""
     workflow = json.loads(DEMO.read_text())
     workflow["1"]["inputs"] |= TWO
     workflow["3"]["inputs"]["steps"] = 2
     file = tmp_path_factory.mktemp("graph") / "demo.json"
     file.write_text(json.dumps(workflow))
-    node_classes()
     return file
 
 
 def run(file: Path, *settings: str) -> Any:
     return run_file(file, settings, file.parent / "output", quiet=True)
-
-
-def nodes() -> Any:
-    import sys
-
-    return sys.modules[PACK_MODULE]
 
 
 def with_loader(graph: Path, folder: Path, unet_name: str) -> Path:
@@ -68,9 +62,9 @@ def other_family(folder: Path) -> Path:
     return file
 
 
-def three_heads(folder: Path) -> Path:
-    config = {**tiny.SD3_CONFIG, "num_attention_heads": 3, "caption_projection_dim": 192}
-    return tiny.write_native(SD3(), tiny.build(SD3(), config), config, folder / "three.safetensors")
+def one_head(folder: Path) -> Path:
+    config = {**tiny.SD3_CONFIG, "num_attention_heads": 1, "caption_projection_dim": 64}
+    return tiny.write_native(SD3(), tiny.build(SD3(), config), config, folder / "one.safetensors")
 
 
 def pickled(folder: Path) -> Path:
@@ -82,7 +76,7 @@ def pickled(folder: Path) -> Path:
 FILES = {
     "truncated file": (truncated, r"truncated.safetensors \(100000 bytes\) is damaged.*download it again"),
     "wrong family": (other_family, r"none of the families sd3, flux.*choose"),
-    "heads not divisible": (three_heads, r"ulysses_degree 2 does not divide the 3 attention heads.*set"),
+    "fewer heads than ranks": (one_head, r"ulysses_degree 2 is more than the 1 attention heads.*set"),
     "pickle": (pickled, r"pickle file, which can run code; convert it"),
 }
 VALUES = {
@@ -145,13 +139,13 @@ def latents() -> list[tuple[str, torch.Tensor, str]]:
 
 
 def sample_with(latent: torch.Tensor) -> None:
-    layout = nodes().parallel_config("manual", "cpu,cpu", ulysses_degree=2)
-    model, clip, _ = nodes().load_pipeline("demo (comfy_xdit)", "default", layout)
+    layout = parallel_config("manual", "cpu,cpu", ulysses_degree=2)
+    model, clip, _ = node_classes()["XDiTLoadPipeline"]().load("demo (comfy_xdit)", "default", layout)
     cond, pooled = clip.encode({name: [[("a small red circle", 1.0)]] for name in ("l", "g")})
     conditioning = [[cond, {"pooled_output": pooled}]]
-    nodes().sample(
-        model, {"samples": latent}, steps=2, seed=0, cfg=3.0, sampler_name="euler", scheduler="simple",
-        positive=conditioning, negative=conditioning, denoise=1.0,
+    node_classes()["XDiTSampler"]().sample(
+        model, latent_image={"samples": latent}, steps=2, seed=0, cfg=3.0, sampler_name="euler",
+        scheduler="simple", positive=conditioning, negative=conditioning, denoise=1.0,
     )  # fmt: skip
 
 
@@ -160,7 +154,7 @@ def test_another_layout_that_cannot_work_does_not_cost_the_running_group(graph):
     run(graph)
     (group,) = running_groups()
     pids = list(group.pids)
-    with pytest.raises(NodeFailed, match=r"ulysses_degree 4 does not divide the 2 attention heads"):
+    with pytest.raises(NodeFailed, match=r"ulysses_degree 4 is more than the 2 attention heads"):
         run(graph, "1.ulysses_degree=4", "1.devices=cpu,cpu,cpu,cpu")
     assert [g.pids for g in running_groups()] == [pids]
 

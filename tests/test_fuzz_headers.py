@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -34,7 +34,7 @@ from worker.vae.vae import VAE
 
 EXAMPLES = int(os.environ.get("XDIT_FUZZ_EXAMPLES", "2000"))
 SLOW = 30  # examples that open a whole model cost so many of the others
-SECONDS = 10.0  # the longest that one may take, on a machine that is shared
+SECONDS = 10.0  # of a processor, the most that one may take; the first one imports a library
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -111,17 +111,18 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answer(reader: Any, path: Path) -> Any:
     """What the reader says, or None when it refuses by InvalidInput; the test fails for anything else."""
-    began = time.monotonic()
+    began = time.process_time()
     try:
         return reader(path)
     except InvalidInput as error:
         assert str(error) and len(str(error)) < 3000
         return None
     finally:
-        assert time.monotonic() - began < SECONDS
+        assert time.process_time() - began < SECONDS
 
 
 @examples(EXAMPLES)
+@example(content=b'\x14\0\0\0\0\0\0\0{"__metadata__": []}')
 @given(content=mutated())
 def test_any_bytes(file: Path, content: bytes):
     """What our reader takes, safetensors takes as well, and finds the same."""

@@ -109,6 +109,7 @@ HOSTILE = {
     "half a surrogate": (raw(b'{"\\ud800":{"dtype":"U8","shape":[]}}'), "which no model has"),
     "an endless name": (of({"a" * 2000: entry()}), "which no model has"),
     "metadata no text": (of({"__metadata__": {"a": 1}}, 0), "something else than text"),
+    "metadata that is a list": (of({"__metadata__": []}, 0), "something else than text"),
     "16 MiB of lists": (raw(b'{"a":[' + b"[]," * 5_500_000 + b"0]}"), "more than 1,000,000 lists"),
     "many lists": (raw(b'{"a":[' + b"[]," * 900_000 + b"0]}"), "a is no tensor"),
     "16 MiB of numbers": (raw(b'{"a":[' + b"0," * 8_000_000 + b"0]}"), "more than 500,000 numbers"),

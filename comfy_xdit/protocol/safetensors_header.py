@@ -111,8 +111,8 @@ def _entries(text: bytes) -> dict[str, Any]:
         )
     except RecursionError:
         raise ValueError("its header is nested without end") from None
-    about = header.pop("__metadata__", None) or {}
-    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+    about = header.pop("__metadata__", None)
+    if about is not None and not (isinstance(about, dict) and all(map(_is_text, about.values()))):
         raise ValueError("its __metadata__ holds something else than text")
     return header
 
@@ -167,6 +167,10 @@ def _tensor(name: str, entry: Any, data: int) -> StoredTensor:
     if math.prod(shape) * BITS[dtype] != (stop - start) * 8:
         raise ValueError(f"{name}, {dtype} of shape {tuple(shape)}, does not have {stop - start} bytes")
     return StoredTensor(dtype, tuple(shape), data + start, data + stop)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _is_sizes(value: Any) -> bool:
