@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from comfy_xdit.comfy_types.controlnet import NETS
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.options import plain_options
+from comfy_xdit.comfy_types.original import ORIGINAL
 from comfy_xdit.comfy_types.residuals import residuals
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteModel
@@ -32,19 +34,23 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
     # What the class would take anyway stays here: it may be no plain data.
     defaults = {key: parameter.default for key, parameter in signature.parameters.items()}
 
+    kind, owner = type(transformer).__name__, weakref.ref(twin)  # strong ones would be a cycle
+
     def forward(*args: Any, **kwargs: Any) -> Any:
+        twin = owner()
+        getattr(twin, ORIGINAL).refuse_changes(twin)
         x, timestep, given = arguments(signature, args, kwargs)
         given = {key: value for key, value in given.items() if value is not defaults.get(key, _NONE)}
         options = given.pop(OPTIONS, None) or {}
         if options.get(NETS):
             raise InvalidInput(
                 "a ControlNet in the ranks needs diffusers' class of a model, and "
-                f"{type(transformer).__name__} runs in ComfyUI's own; use a stock ControlNet loader and "
+                f"{kind} runs in ComfyUI's own; use a stock ControlNet loader and "
                 "'Apply ControlNet'."
             )
         control = residuals(given.pop("control", None))
         conditions = given | {OPTIONS: plain_options(options)}
-        _refuse_empty([x, timestep, conditions], transformer)
+        _refuse_empty([x, timestep, conditions], kind)
         raise_if_interrupted()
         with interruptible():
             out = remote.denoise(x, timestep, conditions, interrupted=interrupted, control=control)
@@ -78,16 +84,16 @@ def arguments(
     return x, timestep, given
 
 
-def _refuse_empty(values: Any, transformer: Any) -> None:
+def _refuse_empty(values: Any, kind: str) -> None:
     """Raise InvalidInput for a tensor that was computed with the twin's weights, which it has not."""
     if isinstance(values, torch.Tensor) and values.is_meta:
         raise InvalidInput(
-            f"this ComfyUI computes with weights of {type(transformer).__name__} before it calls it, which "
+            f"this ComfyUI computes with weights of {kind} before it calls it, which "
             "is not in this version of comfy_xdit. Use the stock loader."
         )
     if isinstance(values, (list, tuple, dict)):
         for value in values.values() if isinstance(values, dict) else values:
-            _refuse_empty(value, transformer)
+            _refuse_empty(value, kind)
 
 
 def _to(value: Any, device: torch.device) -> Any:

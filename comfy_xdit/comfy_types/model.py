@@ -14,6 +14,7 @@ from comfy_xdit.comfy_types.controlnet import NETS
 from comfy_xdit.comfy_types.exact_calls import answer_for, arguments
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.options import PICTURES, rank_options
+from comfy_xdit.comfy_types.original import ORIGINAL, Original
 from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
 from comfy_xdit.comfy_types.prompts import pair_prompts
 from comfy_xdit.comfy_types.residuals import residuals
@@ -38,6 +39,7 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     else:
         pair_prompts(twin)
         _send_calls_to(remote, twin)
+    setattr(twin, ORIGINAL, Original(twin.diffusion_model))
     management = comfy.model_management
     return RemotePatcher(twin, management.get_torch_device(), management.unet_offload_device())
 
@@ -97,6 +99,7 @@ def _send_calls_to(remote: RemoteModel, twin: Any) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         twin = owner()
+        getattr(twin, ORIGINAL).refuse_changes(twin)
         given = _arguments(signature, args, kwargs)
         call = {name: value for name, value in given._asdict().items() if name != "options"}
         call["conditions"] = with_references(given.conditions, twin.diffusion_model)

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import comfy.model_patcher
+import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from comfy_xdit.comfy_types.original import ORIGINAL
 from comfy_xdit.comfy_types.patches import PREFIX, counts, describe
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import NO_PATCHES, PatchSet
@@ -18,6 +20,7 @@ HANDLE = "xdit_remote"  # attribute of the twin, the text encoders or the VAE
 
 # More than 0, or ComfyUI would measure the twin and make room for it.
 HOST_BYTES = 1
+COMPUTE_DTYPE = "manual_cast_dtype"  # the attribute of the twin that ComfyUI's ModelComputeDtype patches
 COMPILE_KEY = "torch.compile"  # under which ComfyUI's torch.compile nodes put their wrapper
 
 
@@ -78,6 +81,7 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         """Raise InvalidInput for any patch that would act on the twin only, and so be ignored."""
         if isinstance(getattr(self.model, HANDLE, None), RemoteModel):
             self.weight_patches()
+            getattr(self.model, ORIGINAL).refuse_changes(self.model, whole=True)
         elif patched := [key for key, entries in self.patches.items() if any(map(counts, entries))]:
             _refuse(
                 f"LoRA or other weight patches ({patched[0]} ...)",
@@ -91,6 +95,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
         if inner:
             _refuse(
                 f"patches of modules inside the transformer ({inner[0]})", "Remove the node that adds them"
+            )
+        dtype = self.object_patches.get(COMPUTE_DTYPE)
+        if dtype is not None and dtype != self.model.get_dtype():
+            _refuse(
+                f"computing in {dtype} (ModelComputeDtype)",
+                "Choose weight_dtype in the xDiT loader node, which the ranks compute in",
             )
         if self.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
             _refuse("torch.compile", "Remove the TorchCompileModel node")
@@ -120,6 +130,12 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
     def get_key_patches(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: merging needs the weights."""
         _refuse("merging or extracting weights", "Load the model with a stock loader node for that")
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, torch.Tensor]:
+        """The names, without weights. Refused for a part: extracting a LoRA reads it."""
+        if filter_prefix is not None:
+            _refuse("extracting weights (LoraSave)", "Load the model with a stock loader node for that")
+        return super().model_state_dict()
 
     def model_state_dict_for_saving(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: saving needs the weights."""

@@ -19,12 +19,14 @@ import torch
 from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
 from comfy_xdit.comfy_types.model import pictures_of, remote_of
 from comfy_xdit.comfy_types.options import rank_options
-from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.patcher import COMPUTE_DTYPE, RemotePatcher
 from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import NotInTheLoop
 from comfy_xdit.protocol.messages import AppliedControlNet, Progress, Sample
 
+# Object patches that the ranks' loop goes by, or that change nothing of what they do (checked before).
+FOLLOWED = ("model_sampling", COMPUTE_DTYPE)
 # Entries of a conditioning that change when, where or how strongly it counts.
 SPECIAL_CONDITIONS = {
     "area": "an area",
@@ -158,7 +160,7 @@ def _check_model(model: RemotePatcher) -> dict[str, Any]:
     present = [name for name, value in options.items() if value]
     for kind, by_name in (*model.wrappers.items(), *model.callbacks.items()):
         present += [kind] if any(by_name.values()) else []
-    present += [name for name in model.object_patches if name != "model_sampling"]
+    present += [name for name in model.object_patches if name not in FOLLOWED]
     if present:
         raise NotInTheLoop(
             f"a node patches the sampling of this MODEL ({', '.join(map(str, present))}), which the "

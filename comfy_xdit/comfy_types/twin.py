@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from comfy_xdit.comfy_types.residuals import lend_embedders
+from comfy_xdit.comfy_types.weights import take_away
 from comfy_xdit.protocol import safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
 
@@ -54,6 +55,7 @@ def build_twin(path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | 
     # free still gets positive and negative in one call.
     twin.memory_required = lambda *_, **__: 0
     twin.state_dict_for_saving = _refuse_saving
+    take_away(twin, "diffusion_model")
     lend_embedders(twin.diffusion_model, transformer_files(Path(path)))
     return twin
 

@@ -27,8 +27,8 @@ COMFYUI_DIR = os.environ.get("COMFYUI_DIR")
 EXTRAS = (
     "advanced_samplers", "apg", "attention_multiply", "cfg", "context_windows", "controlnet",
     "custom_sampler", "differential_diffusion", "easycache", "edit_model", "eps", "flux", "freelunch",
-    "fresca", "hooks", "hypertile", "ip2p", "mahiro", "model_advanced", "model_merging", "pag", "perpneg",
-    "rope", "sag", "sd3", "slg", "tcfg", "tomesd", "torch_compile",
+    "fresca", "hooks", "hypertile", "ip2p", "lora_extract", "mahiro", "model_advanced", "model_merging",
+    "pag", "perpneg", "rope", "sag", "sd3", "slg", "tcfg", "tomesd", "torch_compile",
 )  # fmt: skip
 # Everything the stock code of ComfyUI and its libraries warns about is theirs to mend.
 pytestmark_all = [pytest.mark.comfyui, pytest.mark.filterwarnings("default")]

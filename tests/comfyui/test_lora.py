@@ -303,6 +303,29 @@ def test_lora_of_another_model_is_refused(run_node, ours, node):
         _sample(run_node, ours, ours.ours, node)
 
 
+@pytest.mark.parametrize("node", ["LoraLoaderModelOnly", "LoraLoader"])
+def test_a_lora_that_matches_nothing_is_warned_of_in_comfyuis_own_words(
+    run_node, comfyui, ours, caplog, tiny_sd3, node
+):
+    (stock,) = run_node("UNETLoader", unet_name=tiny_sd3, weight_dtype="default")
+    names = ("diffusion_model.no_such_block.weight", "lora_unet_single_transformer_blocks_0_proj_mlp")
+    parts = {"lora_up": torch.ones(4, 2), "lora_down": torch.ones(2, 4)}
+    tensors = {f"{name}.{part}.weight": t.clone() for name in names for part, t in parts.items()}
+    save_file(tensors, comfyui.models / "loras" / "nothing.safetensors")
+    inputs = {"lora_name": "nothing.safetensors", "strength_model": 1.0}
+    inputs |= {"clip": None, "strength_clip": 1.0} if node == "LoraLoader" else {}
+
+    def said(model: Any) -> list[str]:
+        caplog.clear()
+        patched, *_ = run_node(node, model=model, **inputs)
+        assert not patched.patches
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    words = said(stock)
+    assert words and all(any(name in sentence for sentence in words) for name in names)
+    assert said(ours.ours) == words
+
+
 def test_lora_per_conditioning_is_refused(run_node, ours, comfyui):
     import comfy.hooks
 
