@@ -27,6 +27,7 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
     (worker/models/comfyui/transformer.py).
     """
     transformer = twin.diffusion_model
+    of_class = type(transformer).__name__  # a closure on the twin would be a cycle, and it outlive its MODELs
     name = "_forward" if hasattr(transformer, "_forward") else "forward"
     signature = inspect.signature(getattr(transformer, name))
     # What the class would take anyway stays here: it may be no plain data.
@@ -39,12 +40,12 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
         if options.get(NETS):
             raise InvalidInput(
                 "a ControlNet in the ranks needs diffusers' class of a model, and "
-                f"{type(transformer).__name__} runs in ComfyUI's own; use a stock ControlNet loader and "
+                f"{of_class} runs in ComfyUI's own; use a stock ControlNet loader and "
                 "'Apply ControlNet'."
             )
         control = residuals(given.pop("control", None))
         conditions = given | {OPTIONS: plain_options(options)}
-        _refuse_empty([x, timestep, conditions], transformer)
+        _refuse_empty([x, timestep, conditions], of_class)
         raise_if_interrupted()
         with interruptible():
             out = remote.denoise(x, timestep, conditions, interrupted=interrupted, control=control)
@@ -78,16 +79,16 @@ def arguments(
     return x, timestep, given
 
 
-def _refuse_empty(values: Any, transformer: Any) -> None:
+def _refuse_empty(values: Any, of_class: str) -> None:
     """Raise InvalidInput for a tensor that was computed with the twin's weights, which it has not."""
     if isinstance(values, torch.Tensor) and values.is_meta:
         raise InvalidInput(
-            f"this ComfyUI computes with weights of {type(transformer).__name__} before it calls it, which "
+            f"this ComfyUI computes with weights of {of_class} before it calls it, which "
             "is not in this version of comfy_xdit. Use the stock loader."
         )
     if isinstance(values, (list, tuple, dict)):
         for value in values.values() if isinstance(values, dict) else values:
-            _refuse_empty(value, transformer)
+            _refuse_empty(value, of_class)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -150,6 +150,14 @@ class ComfyUITransformer:
 
     # ------------------------------------------------------------------ calls
 
+    def not_finite(self) -> InvalidInput:
+        """What to say of an output with values that are not finite."""
+        return InvalidInput(
+            f"ComfyUI's {self.name} of {self._path} gives values that are not finite (NaN or infinity), "
+            f"computed in {self._detected.manual_cast or self._detected.dtype}; set weight_dtype to bf16 or "
+            "fp32, remove LoRAs, or download the file again."
+        )
+
     def require(self, what: str) -> None:
         """Raise InvalidInput: whatever is asked for here is made for diffusers' classes."""
         raise InvalidInput(
