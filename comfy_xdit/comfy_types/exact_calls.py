@@ -29,12 +29,13 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
     (worker/models/comfyui/transformer.py).
     """
     transformer = twin.diffusion_model
+    of_class = type(transformer).__name__  # a closure on the twin would be a cycle, and it outlive its MODELs
     name = "_forward" if hasattr(transformer, "_forward") else "forward"
     signature = inspect.signature(getattr(transformer, name))
     # What the class would take anyway stays here: it may be no plain data.
     defaults = {key: parameter.default for key, parameter in signature.parameters.items()}
 
-    kind, owner = type(transformer).__name__, weakref.ref(twin)  # strong ones would be a cycle
+    owner = weakref.ref(twin)  # a strong one would be a cycle
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         twin = owner()
@@ -45,12 +46,12 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
         if options.get(NETS):
             raise InvalidInput(
                 "a ControlNet in the ranks needs diffusers' class of a model, and "
-                f"{kind} runs in ComfyUI's own; use a stock ControlNet loader and "
+                f"{of_class} runs in ComfyUI's own; use a stock ControlNet loader and "
                 "'Apply ControlNet'."
             )
         control = residuals(given.pop("control", None))
         conditions = given | {OPTIONS: plain_options(options)}
-        _refuse_empty([x, timestep, conditions], kind)
+        _refuse_empty([x, timestep, conditions], of_class)
         raise_if_interrupted()
         with interruptible():
             out = remote.denoise(x, timestep, conditions, interrupted=interrupted, control=control)
@@ -84,16 +85,16 @@ def arguments(
     return x, timestep, given
 
 
-def _refuse_empty(values: Any, kind: str) -> None:
+def _refuse_empty(values: Any, of_class: str) -> None:
     """Raise InvalidInput for a tensor that was computed with the twin's weights, which it has not."""
     if isinstance(values, torch.Tensor) and values.is_meta:
         raise InvalidInput(
-            f"this ComfyUI computes with weights of {kind} before it calls it, which "
+            f"this ComfyUI computes with weights of {of_class} before it calls it, which "
             "is not in this version of comfy_xdit. Use the stock loader."
         )
     if isinstance(values, (list, tuple, dict)):
         for value in values.values() if isinstance(values, dict) else values:
-            _refuse_empty(value, kind)
+            _refuse_empty(value, of_class)
 
 
 def _to(value: Any, device: torch.device) -> Any:

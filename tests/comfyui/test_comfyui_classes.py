@@ -16,6 +16,8 @@ from worker.models.comfyui.cases import CASES, Draw
 LAYOUTS = {
     "CFG 2": {"cfg_parallel_degree": 2},
     "sharded 2": {"data_parallel_degree": 2, "shard_weights": True},
+    "Ulysses 2": {"ulysses_degree": 2},
+    "Ring 2": {"ring_degree": 2},
 }
 SPREAD = 1e-5  # relative L2 of a call
 
@@ -101,7 +103,7 @@ def test_one_rank_is_bit_equal_to_stock(comfyui, run_node, files, dtype, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rows_and_weights_over_ranks(comfyui, run_node, files, degrees, name):
+def test_several_ranks_equal_stock(comfyui, run_node, files, degrees, name):
     pair = models(comfyui, run_node, files(name), degrees)
 
     for batch in CASES[name].batches:

@@ -191,14 +191,14 @@ class Parts:
         unit = part.shard.unit
         return min(max(value * unit - start, 0), stop - start) // unit
 
-    def _spans(self, names: list[str], value: Any) -> Iterator[tuple[int, int, Any]]:
+    def _spans(self, names: list[str], value: Any) -> Iterator[tuple[Any, ...]]:
         at = first = 0
         for name in names:
             part = self._of[name]
             start, stop = part.held
-            for low, high, content in value:
+            for low, high, *content in value:
                 high = first + part.length if high is None else high
                 low, high = max(low - first, start), min(high - first, stop)
                 if low < high:
-                    yield at + low - start, at + high - start, content
+                    yield at + low - start, at + high - start, *content
             at, first = at + part.size, first + part.length

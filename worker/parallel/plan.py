@@ -52,7 +52,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Spans:
-    """A list of (first token, end or None, anything) over some streams."""
+    """A list of (first token, end or None, anything more) over some streams."""
 
     streams: str
 

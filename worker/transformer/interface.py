@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from comfy_xdit.protocol.errors import InvalidInput
 from worker.patches.lora_files import LoraFiles
 from worker.patches.weights import PatchStore
 from worker.transformer.batch import Batch
@@ -52,6 +53,9 @@ class LoadedTransformer(Protocol):
 
     def predict_batch(self, batch: Batch) -> Latents:
         """The output of one call; on all ranks alike."""
+
+    def not_finite(self) -> InvalidInput:
+        """What to say of an output with values that are not finite."""
 
     def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a method beside the forward returns; on all ranks alike."""

@@ -16,8 +16,10 @@ from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint
 from worker.models.comfyui.building import blocks, build, fill, materialise, outline
 from worker.models.comfyui.detection import Detected, detect
+from worker.models.comfyui.spreading import Spread, plan_of
 from worker.models.comfyui.weights import PatchedComfyUI, lora_files
-from worker.parallel.groups import Degrees, RankGroups
+from worker.parallel.groups import Degrees, RankGroups, ring_kernel
+from worker.parallel.plan import PlanMismatch
 from worker.parallel.sharding import ShardedWeights
 from worker.patches.lora_files import LoraFiles
 from worker.patches.weights import PatchStore
@@ -129,11 +131,20 @@ class ComfyUITransformer:
         module.eval().requires_grad_(False)
         self._agree_on_dtypes()
         self.module, self._shards = module, shards
+        self._spread = self._spread_tokens()
         self._patched = PatchedComfyUI(module, self._detected, shards, self.loras)
         if hasattr(module, "_forward"):
             # Wrappers around the call, which `forward` runs, have run on the host (comfy_types/model.py). As
             # `forward` itself, so that hooks on the module are called.
             object.__setattr__(module, "forward", module._forward)
+
+    def _spread_tokens(self) -> Spread | None:
+        if self._degrees.sequence == 1:
+            return None
+        try:
+            return Spread(self.module, self._groups.mesh, ring_kernel(self.module, self._groups))
+        except PlanMismatch as error:
+            raise self._not_spread(error) from error
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written."""
@@ -149,6 +160,14 @@ class ComfyUITransformer:
             )
 
     # ------------------------------------------------------------------ calls
+
+    def not_finite(self) -> InvalidInput:
+        """What to say of an output with values that are not finite."""
+        return InvalidInput(
+            f"ComfyUI's {self.name} of {self._path} gives values that are not finite (NaN or infinity), "
+            f"computed in {self._detected.manual_cast or self._detected.dtype}; set weight_dtype to bf16 or "
+            "fp32, remove LoRAs, or download the file again."
+        )
 
     def require(self, what: str) -> None:
         """Raise InvalidInput: whatever is asked for here is made for diffusers' classes."""
@@ -212,25 +231,33 @@ class ComfyUITransformer:
         given = dict(batch.conditions)
         parameters = inspect.signature(self.module.forward).parameters
         if batch.control is not None or "control" in parameters:
-            given["control"] = batch.control
+            spread = self._spread
+            given["control"] = spread.residuals(batch.control) if spread else batch.control
         return self.module(batch.x, batch.timestep, **given)
 
     def _check_degrees(self) -> None:
-        """Raise InvalidInput for a layout that spreads tokens or blocks of it."""
-        degrees = self._degrees
-        for name, degree in (
-            ("pipefusion_degree", degrees.stages),
-            ("ulysses_degree", degrees.ulysses),
-            ("ring_degree", degrees.ring),
-        ):
-            if degree > 1:
-                raise InvalidInput(
-                    f"{name} {degree} is for models whose tokens comfy_xdit knows, and ComfyUI's {self.name} "
-                    f"of {Path(self._path).name} is none; set {name} to 1, and cfg_parallel_degree, "
-                    "data_parallel_degree or shard_weights instead."
-                )
+        """Raise InvalidInput for a layout that this class cannot have."""
+        degrees, file = self._degrees, Path(self._path).name
+        if degrees.stages > 1:
+            raise InvalidInput(
+                f"pipefusion_degree {degrees.stages} is for diffusers' classes, and {file} runs in ComfyUI's "
+                f"own ({self.name}); set pipefusion_degree to 1."
+            )
+        if degrees.sequence > 1:
+            try:
+                plan_of(self._outline.diffusion_model)
+            except PlanMismatch as error:
+                raise self._not_spread(error) from error
         if degrees.shards > 1 and self._detected.quantised:
             raise InvalidInput(
-                f"{Path(self._path).name} holds quantised weights, which cannot be spread over ranks; "
+                f"{file} holds quantised weights, which cannot be spread over ranks; "
                 "set shard_weights to false."
             )
+
+    def _not_spread(self, why: Exception) -> InvalidInput:
+        degrees = self._degrees
+        return InvalidInput(
+            f"ulysses_degree {degrees.ulysses} x ring_degree {degrees.ring} cannot spread the tokens of "
+            f"{Path(self._path).name}: {why}. Set both to 1, and cfg_parallel_degree, data_parallel_degree "
+            "or shard_weights instead."
+        )

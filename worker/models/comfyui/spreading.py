@@ -1,0 +1,96 @@
+"""A class of ComfyUI's with its tokens over ranks: its plan, its attention, its ControlNets' residuals."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.models.plans.comfyui import PLANS
+from worker.parallel import seam
+from worker.parallel.attention import WithLogSumExp
+from worker.parallel.mesh import Mesh
+from worker.parallel.plan import Plan, PlanMismatch, Region
+from worker.parallel.tokens import SpreadTokens
+from worker.transformer.control import Residuals
+
+# What ComfyUI's modules call for attention; each has its own name for the one that was chosen.
+ATTENTION = ("optimized_attention", "optimized_attention_masked")
+
+
+def plan_of(module: nn.Module) -> Plan:
+    """The plan of its class. Raises PlanMismatch where there is none."""
+    name = type(module).__name__
+    if name not in PLANS:
+        raise PlanMismatch(f"comfy_xdit has no plan for ComfyUI's {name}")
+    return PLANS[name]
+
+
+class Spread:
+    """A module whose tokens are spread over the ranks of a mesh, in its own forward.
+
+    Raises:
+        PlanMismatch: this ComfyUI's class is not the one its plan was written for.
+    """
+
+    def __init__(
+        self, module: nn.Module, mesh: Mesh, kernel: WithLogSumExp | None = None, deaf: bool = False
+    ):
+        plan = plan_of(module)
+        catch_attention()
+        self.tokens = SpreadTokens(module, plan, mesh, kernel, deaf)
+        self._hooks = []
+        self._control: dict[str, list[torch.Tensor | None]] = {}
+        for region in plan.regions:
+            if region.control:
+                self._cut_residuals_in(region, module)
+
+    def residuals(self, control: Residuals | None) -> dict[str, Any] | None:
+        """Of the next call: the same lists, of which each rank gets its part where its tokens are cut."""
+        self._control = {name: list(given) for name, given in (control or {}).items()}
+        return self._control or None
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+        self.tokens.close()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _cut_residuals_in(self, region: Region, module: nn.Module) -> None:
+        lists = [name for name in region.blocks if len(module.get_submodule(name))]
+        first = next(iter(module.get_submodule(lists[0]).children()))
+
+        def cut(*_: Any) -> None:
+            control, self._control = self._control, {}
+            for name, (blocks, streams) in region.control.items():
+                # Behind the last block tokens are whole again, unless they are gathered later.
+                whole = -1
+                if not region.at and blocks == lists[-1]:
+                    whole = len(module.get_submodule(blocks)) - 1
+                for i, residual in enumerate(control.get(name, ())):
+                    if residual is not None and i != whole:
+                        control[name][i] = self._part(residual, streams)
+
+        self._hooks.append(first.register_forward_pre_hook(cut))
+
+    def _part(self, residual: torch.Tensor, streams: str) -> torch.Tensor:
+        """This rank's of what is added to the first image tokens (B, n, D)."""
+        part = self.tokens.own(residual, "image")
+        if streams == "image":
+            return part
+        # Added to as many rows as the whole picture has: here the text's are among them.
+        parts = self.tokens.parts
+        rows = min(parts["image"].length, sum(parts[name].size for name in streams.split()))
+        return torch.cat([part, part.new_zeros(part.shape[0], rows - part.shape[1], part.shape[2])], 1)
+
+
+def catch_attention() -> None:
+    """Have the seam in every module of ComfyUI that has been imported."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("comfy."):
+            for attention in ATTENTION:
+                original = vars(module).get(attention)
+                if callable(original) and not hasattr(original, "original"):
+                    setattr(module, attention, seam.catching(original))

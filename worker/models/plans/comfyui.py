@@ -1,0 +1,275 @@
+"""The plans of ComfyUI's own transformer classes, by their names (ComfyUI 0.3.64 to 0.33.0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from worker.parallel.plan import Attend, Blocks, Carrier, Count, Frames, Grid, Plan, Region, Spans, Tokens
+
+IMAGE, TEXT = Tokens("image"), Tokens("text")
+OPTIONS = "transformer_options"
+
+
+def _same(names: str) -> frozenset[str]:
+    return frozenset(f"{names} {OPTIONS}".split())
+
+
+def _flux(order: str, at: str) -> Plan:
+    """Blocks that keep image and text apart, then blocks that join them in `order`."""
+    tables: Mapping[str, Carrier] = {
+        "pe": Tokens(order, 2),
+        "modulation_dims_img": Spans("image"),
+        "modulation_dims_txt": Spans("text"),
+        "modulation_dims": Spans(order),
+    }
+    return Plan(
+        (
+            Region(
+                {
+                    "double_blocks": Blocks({"img": IMAGE, "txt": TEXT}, ("image", "text")),
+                    "single_blocks": Blocks(returns=(order,), carries={"x": order}),
+                },
+                {"double_blocks.*": Attend(order), "single_blocks.*": Attend(order)},
+                tables,
+                _same("vec attn_mask"),
+                "image",
+                at,
+                control={
+                    "input": ("double_blocks", "image"),
+                    "output": ("single_blocks", "image" if order.startswith("text") else order),
+                },
+            ),
+        )
+    )
+
+
+def _one(
+    blocks: str,
+    stream: str,
+    attention: str,
+    same: str,
+    tables: Mapping[str, Carrier] | None = None,
+    at: str = "",
+    carries: Mapping[str, str] | None = None,
+) -> Region:
+    """One list of blocks over one sequence of tokens."""
+    return Region(
+        {blocks: Blocks({stream: IMAGE}, ("image",), carries or {})},
+        {f"{blocks}.*.{attention}": Attend("image")},
+        tables or {},
+        _same(same),
+        "image",
+        at,
+    )
+
+
+def _wan(whole: str = "", **more: Blocks) -> Plan:
+    """`whole` names modules between or in the blocks that mix tokens in a way of their own."""
+    region = _one(
+        "blocks", "x", "self_attn", "context context_img_len audio",
+        {"freqs": IMAGE, "e": Frames("image", 4)}, at="head",
+    )  # fmt: skip
+    attention = {f"{name}.*.self_attn": Attend("image") for name in more}
+    mixing = {whole: ("x", "image")} if whole else {}
+    blocks = {**region.blocks, **more}
+    return Plan((replace(region, blocks=blocks, attention=region.attention | attention, whole=mixing),))
+
+
+_VACE = Blocks({"c": IMAGE}, ("image", "image"), tables={"x": IMAGE})
+
+QWEN = Plan(
+    (
+        Region(
+            {
+                "transformer_blocks": Blocks(
+                    {"hidden_states": IMAGE, "encoder_hidden_states": TEXT}, ("text", "image")
+                )
+            },
+            {"transformer_blocks.*.attn": Attend("text image")},
+            {"image_rotary_emb": Tokens("text image", (2, 1)), "timestep_zero_index": Count("image")},
+            _same("encoder_hidden_states_mask temb"),
+            "image",
+            "norm_out",
+            control={"input": ("transformer_blocks", "image")},
+        ),
+    )
+)
+SD3 = Plan(
+    (
+        Region(
+            {
+                "joint_blocks": Blocks(
+                    {"context": TEXT, "x": IMAGE}, ("text", "image"), names=("context", "x")
+                )
+            },
+            # The second: SD3.5 medium's image tokens among themselves.
+            {"joint_blocks.*": (Attend("text image"), Attend("image"))},
+            {},
+            _same("c use_checkpoint"),
+            "image",
+            "final_layer",
+            control={"output": ("joint_blocks", "image")},
+        ),
+    )
+)
+AURA = Plan(
+    (
+        Region(
+            {
+                "double_layers": Blocks({"c": TEXT, "x": IMAGE}, ("text", "image")),
+                "single_layers": Blocks(returns=("text image",), carries={"cx": "text image"}),
+            },
+            {
+                "double_layers.*.attn": Attend("text image"),
+                "single_layers.*.attn": Attend("text image"),
+            },
+            {},
+            _same("global_cond"),
+            "image",
+        ),
+    )
+)
+HUNYUAN_DIT = replace(
+    _one(
+        "blocks", "x", "attn1", "c text_states", {"freq_cis_img": Tokens("image", 0)}, "final_layer",
+        {"skip": "image"},
+    ),
+    control={"output": ("", "image")},
+)  # fmt: skip
+MOCHI = Region(
+    {"blocks": Blocks({"x": IMAGE}, ("image", "*"))},
+    {"blocks.*.attn": Attend("image *")},
+    {"rope_cos": Tokens("image", 0), "rope_sin": Tokens("image", 0)},
+    _same("c y crop_y"),
+    "image",
+)
+LTXV = _one(
+    "transformer_blocks", "x", "attn1", "context attention_mask prompt_timestep self_attention_mask",
+    {"timestep": IMAGE, "pe": Tokens("image", -2)},
+)  # fmt: skip
+
+
+def _ltxav() -> Region:
+    video, audio = Tokens("video"), Tokens("audio")
+    names = ("timestep", "cross_scale_shift_timestep", "cross_gate_timestep")
+    tables = {f"{s[0]}_{name}": Tokens(s) for s in ("video", "audio") for name in names}
+    tables |= {f"{s[0]}_{name}": Tokens(s, -2) for s in ("video", "audio") for name in ("pe", "cross_pe")}
+    attention = {
+        "attn1": Attend("video"),
+        "audio_attn1": Attend("audio"),
+        "audio_to_video_attn": Attend("video", "audio"),
+        "video_to_audio_attn": Attend("audio", "video"),
+    }
+    return Region(
+        {"transformer_blocks": Blocks({"x": (video, audio)}, ("video", "audio"))},
+        {f"transformer_blocks.*.{name}": attend for name, attend in attention.items()},
+        tables,
+        _same("v_context a_context attention_mask v_prompt_timestep a_prompt_timestep self_attention_mask"),
+        "video audio",
+    )
+
+
+def _joint(blocks: str, stream: str, freqs: str, attention: str, same: str) -> Region:
+    """A list of several that run over one sequence of text and image, whole before and after."""
+    return _one(blocks, stream, attention, same, {freqs: IMAGE})
+
+
+LUMINA = Plan(
+    tuple(
+        replace(
+            _joint(blocks, "x", "freqs_cis", "attention", "adaln_input x_mask"),
+            tables={"freqs_cis": IMAGE, "timestep_zero_index": Spans("image")},
+        )
+        for blocks in ("noise_refiner", "layers")
+    )
+)
+OMNIGEN2 = Plan(
+    tuple(
+        _joint(blocks, "hidden_states", "image_rotary_emb", "attn", "temb attention_mask")
+        for blocks in ("noise_refiner", "ref_image_refiner", "layers")
+    )
+)
+# Its loop adds a table of all tokens between blocks: they are cut and gathered in every block.
+COSMOS1 = Region(
+    {"blocks": Blocks({"x": Grid("image", 0, 2)}, (Grid("image", 0, 2),))},
+    {"blocks.*.blocks.0.block": Attend("image")},
+    {"rope_emb_L_1_1_D": Tokens("image", 0)},
+    _same("emb_B_D crossattn_emb crossattn_mask adaln_lora_B_3D"),
+    "image",
+    each=True,
+)
+COSMOS2 = Region(
+    {"blocks": Blocks({"x_B_T_H_W_D": Grid("image", 1, 3)}, (Grid("image", 1, 3),))},
+    {"blocks.*.self_attn": Attend("image")},
+    {
+        "rope_emb_L_1_1_D": IMAGE,
+        "emb_B_T_D": Frames("image", 3),
+        "adaln_lora_B_T_3D": Frames("image", 3),
+        "extra_per_block_pos_emb": Grid("image", 1, 3),
+    },
+    _same("crossattn_emb"),
+    "image",
+)
+# Text tokens are joined anew in every block: every rank has them whole.
+HIDREAM = Region(
+    {
+        "double_stream_blocks": Blocks({"image_tokens": IMAGE}, ("image", "*")),
+        "single_stream_blocks": Blocks(returns=("image *",), carries={"image_tokens": "image *"}),
+    },
+    {
+        "double_stream_blocks.*.block.attn1": Attend("image *"),
+        "single_stream_blocks.*.block.attn1": Attend("image *"),
+    },
+    {"rope": Tokens("image *", 1)},
+    _same("image_tokens_masks text_tokens adaln_input"),
+    "image",
+    "final_layer",
+)
+KANDINSKY5 = _one(
+    "visual_transformer_blocks", "visual_embed", "self_attention", "text_embed time_embed", {"freqs": IMAGE}
+)
+HUNYUAN3D21 = _one(
+    "blocks", "hidden_states", "attn1", "conditioning text_states", carries={"skip_tensor": "image"}
+)
+STABLE_AUDIO = _one(
+    "transformer.layers", "x", "self_attn", "context global_cond mask context_mask",
+    {"rotary_pos_emb": Tokens("image", 0)},
+)  # fmt: skip
+
+FLUX, RADIANCE = (
+    _flux("text image", "final_layer"),
+    _flux("text image", ""),
+)  # a head that is no layer of tokens
+# It drops the tokens of a reference before its last layer.
+HUNYUAN_VIDEO = _flux("image text", "")
+
+PLANS: dict[str, Plan] = {
+    "AnimateWanModel": _wan("face_adapter.fuser_blocks.*"),
+    "AsymmDiTJoint": Plan((MOCHI,)),
+    "AudioDiffusionTransformer": Plan((STABLE_AUDIO,)),
+    "CameraWanModel": _wan(),
+    "Chroma": FLUX,
+    "ChromaRadiance": RADIANCE,
+    "Flux": FLUX,
+    "GeneralDIT": Plan((COSMOS1,)),
+    "HiDreamImageTransformer2DModel": Plan((HIDREAM,)),
+    "HumoWanModel": _wan("blocks.*.audio_cross_attn_wrapper"),
+    "HunYuanDiT": Plan((HUNYUAN_DIT,)),
+    "HunYuanDiTPlain": Plan((HUNYUAN3D21,)),
+    "Hunyuan3Dv2": FLUX,
+    "HunyuanVideo": HUNYUAN_VIDEO,
+    "Kandinsky5": Plan((KANDINSKY5,)),
+    "LTXAVModel": Plan((_ltxav(),)),
+    "LTXVModel": Plan((LTXV,)),
+    "MMDiT": AURA,
+    "MiniTrainDIT": Plan((COSMOS2,)),
+    "NextDiT": LUMINA,
+    "OmniGen2Transformer2DModel": OMNIGEN2,
+    "OpenAISignatureMMDITWrapper": SD3,
+    "PixArtMS": Plan((_one("blocks", "x", "attn", "y t mask HW"),)),
+    "QwenImageTransformer2DModel": QWEN,
+    "VaceWanModel": _wan(vace_blocks=_VACE),
+    "WanModel": _wan(),
+    "WanModel_S2V": _wan("audio_injector"),
+}
