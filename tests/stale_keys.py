@@ -82,10 +82,7 @@ class StaleKeys:
 
 def token_of_element(kind: str, shape: torch.Size) -> torch.Tensor:
     """For every element of one picture (plan_cases.py: kinds) its token."""
-    n = [
-        torch.arange(size).view([-1 if i == d else 1 for i in range(len(shape))])
-        for d, size in enumerate(shape)
-    ]
+    n = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
     if kind == "tokens":
         return n[1].flatten()
     rows, columns = shape[-2] // 2, shape[-1] // 2
