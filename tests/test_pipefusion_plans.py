@@ -13,7 +13,6 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.environment import ROOT
 from tests.pipefusion_plan_ranks import NAMES, RUNS, STAGED, WORLD
-from tests.plan_cases import run
 from worker.models.plans.diffusers import PLANS
 from worker.parallel.cuts import Cuts, region_of_patches
 from worker.parallel.kept_keys import KeptOrder, Patches
@@ -75,7 +74,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", PLANS)
 def test_what_patches_cannot_do_is_refused_by_name(name: str):
     if name not in REFUSED:
-        assert region_of_patches(PLANS[name], name) is PLANS[name].regions[0]
+        assert region_of_patches(PLANS[name], name).blocks is PLANS[name].regions[0].blocks
         return
     with pytest.raises(PlanMismatch, match=f"{name}.*{REFUSED[name]}.*set pipefusion_degree to 1, and use"):
         region_of_patches(PLANS[name], name)
@@ -153,14 +152,9 @@ def test_a_head_that_mixes_tokens_is_refused():
             stage.owners(lambda model=model: model(x), patches)
 
 
-def test_patches_need_a_token_each():
-    case = STAGED["PixArt"]
-    model = case.build()
-    stage = Stage(model, PLANS[case.family], "pixart", 0, 1, Mesh())
-    stage.whole(lambda: run(model, case.inputs(1, (1, 1, 3), 4)), 0)
-    assert stage.patches(3).spans == ((0, 1), (1, 2), (2, 3))
-    with pytest.raises(InvalidInput, match=r"3 image tokens are fewer than the 4 .*pipefusion_degree to 1"):
-        stage.patches(4)
+def test_patches_are_as_even_as_they_go():
+    assert Patches.of("image", 3, 3).spans == ((0, 1), (1, 2), (2, 3))
+    assert Patches.of("image", 7, 3).spans == ((0, 3), (3, 5), (5, 7))
 
 
 def test_blocks_that_make_tokens_of_their_own_are_refused():

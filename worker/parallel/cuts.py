@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
@@ -56,7 +56,7 @@ class Cuts:
         """As even in parameters as they go; `stages` at most the number of blocks."""
         region = region_of_patches(plan, type(module).__name__)
         lists = {name: module.get_submodule(name) for name in region.blocks}
-        places = tuple(f"{name}.{i}" for name, blocks in lists.items() for i in range(len(blocks)))
+        places = tuple(block_names(module, plan))
         weights = [_parameters(block) for blocks in lists.values() for block in blocks]
         count, reads = len(places), []
         for i in range(count):
@@ -75,6 +75,12 @@ class Cuts:
         return sorted(number for number in read if 0 <= number < start)
 
 
+def block_names(module: nn.Module, plan: Plan) -> list[str]:
+    """All blocks of a model in the order they run."""
+    lists = [name for region in plan.regions for name in region.blocks]
+    return [f"{name}.{i}" for name in lists for i in range(len(module.get_submodule(name)))]
+
+
 def region_of_patches(plan: Plan, name: str) -> Region:
     """The region that patches of a picture can enter one by one.
 
@@ -84,7 +90,8 @@ def region_of_patches(plan: Plan, name: str) -> Region:
     why = _obstacle(plan)
     if why:
         raise PlanMismatch(f"PipeFusion cannot cut a picture of {name} into patches: {why}; {REMEDY}")
-    return plan.regions[0]
+    # Nothing is added to tokens behind the last block (ControlNets are refused), where its returns are known.
+    return replace(plan.regions[0], at="")
 
 
 def _obstacle(plan: Plan) -> str:
@@ -97,8 +104,6 @@ def _obstacle(plan: Plan) -> str:
         return "its blocks convolve over neighbouring tokens"
     if region.whole:
         return f"{', '.join(region.whole)} see all tokens"
-    if region.at:
-        return f"its tokens are gathered before {region.at} instead of behind a block"
     found = (one if isinstance(one, tuple) else (one,) for one in region.attention.values())
     attends = [attend for several in found for attend in several]
     if any(attend.linear or attend.counted for attend in attends):
@@ -115,6 +120,10 @@ def _unpatched(patched: str, region: Region, attends: Sequence[Attend]) -> str:
         return "its streams enter as grids, as lists, or behind the first blocks"
     if any(WHOLE in f"{attend.query} {attend.keys}".split() for attend in attends):
         return "its blocks make tokens of their own"
+    *_, last = region.blocks.values()
+    returned = " ".join(one if isinstance(one, str) else getattr(one, "streams", "") for one in last.returns)
+    if not set(region.gather.split()) <= set(returned.split()):
+        return "its last block does not return what its head reads"
     return ""
 
 

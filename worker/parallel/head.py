@@ -123,14 +123,14 @@ class Head:
 
     @contextmanager
     def _alone(self, output: Output) -> Iterator[None]:
-        """Within, every block returns this."""
+        """Within, the blocks of the last list return this, and there are no others."""
         held = [list(blocks) for blocks in self._lists]
         for blocks in self._lists:
-            for i in range(len(blocks)):
-                blocks[i] = Elsewhere(lambda: output)
+            del blocks[:]
+        self._lists[-1].extend(Elsewhere(lambda: output) for _ in held[-1])
         try:
             yield
         finally:
             for blocks, own in zip(self._lists, held, strict=True):
-                for i, block in enumerate(own):
-                    blocks[i] = block
+                del blocks[:]
+                blocks.extend(own)

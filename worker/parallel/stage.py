@@ -55,7 +55,8 @@ class Stage:
                 f"pipefusion_degree {count} is more than the {blocks} blocks of this {family}, and "
                 f"every stage needs one; set pipefusion_degree to {blocks} or less."
             )
-        self._patched, self._index, self.cuts = plan.patched, index, Cuts.of(module, plan, count)
+        plan = Plan((self._region,), plan.patched, plan.skips)
+        self._index, self.cuts = index, Cuts.of(module, plan, count)
         self.is_first, self.is_last = index == 0, index == count - 1
         self.names = self.cuts.names(index)
         self._arriving = [] if self.is_first else self.cuts.across(index)
@@ -99,20 +100,6 @@ class Stage:
     def patch(self, forward: Callable[[], Result], rows: int, patches: Patches, number: int) -> Result | None:
         """One evaluation of one patch. What the last stage returns is valid where its tokens are."""
         return self._evaluate(forward, rows, number, patches)
-
-    def patches(self, count: int, rows: int = 0) -> Patches:
-        """So many, as even as they go, of the picture in a call that was.
-
-        Raises:
-            InvalidInput: it has fewer tokens.
-        """
-        length = self._lengths[rows][self._patched]
-        if length < count:
-            raise InvalidInput(
-                f"{length} {self._patched} tokens are fewer than the {count} that {count} patches need; draw "
-                "a larger picture, or set pipefusion_degree to 1."
-            )
-        return Patches.of(self._patched, length, count)
 
     def owners(self, forward: Callable[[], torch.Tensor], patches: Patches, rows: int = 0) -> torch.Tensor:
         """In the last stage: for each element of one row of a picture the patch it belongs to.
