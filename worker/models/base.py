@@ -34,7 +34,6 @@ class Call:
 
     kwargs: dict[str, Any]
     image_tokens: int
-    text_tokens: int
 
 
 class ModelFamily(ABC):

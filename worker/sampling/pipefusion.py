@@ -74,7 +74,8 @@ class PipeFusion:
         self._idle = transformer.idle_calls(self._batches)
         self._announced: deque[Announcement] = deque()
         guidance, sigma = Guidance.of(request), request.sigmas[0]
-        self._x = guidance.before(guidance.noised(sigma), sigma).clone()  # what the first stage computes on
+        # What the first stage computes on; written to by elements, so it lies in one piece.
+        self._x = guidance.before(guidance.noised(sigma), sigma).clone(memory_format=torch.contiguous_format)
         self._preview = torch.zeros_like(self._x)
         self._places: list[torch.Tensor] = []  # by patch, its elements in a row of x
         self._sampler: PatchSampler | None = None  # in the last stage
@@ -115,7 +116,8 @@ class PipeFusion:
         if not self._pipeline.is_last:
             return
         if self._sampler is None:
-            self._sampler = PatchSampler(self._request, self._found_places())
+            self._find_places(outputs)
+            self._sampler = PatchSampler(self._request, self._places)
         for one in self._of(patch):
             self._sampler.advance(one, self._gathered(outputs, self._places[one]))
         self._send_back(number + 1, patch)
@@ -142,30 +144,27 @@ class PipeFusion:
 
     # ------------------------------------------------------------------ between stages
 
-    def _found_places(self) -> list[torch.Tensor]:
+    def _find_places(self, outputs: list[torch.Tensor]) -> None:
         """In the last stage: the elements of every patch, which the first stage must know too."""
-        if len(self._all) == 1:
-            self._places = [self._everywhere()]
-            return self._places
-        owners = self._everywhere()[:0]
-        if self._row_groups and (self._groups.degrees.branches == 1 or self._groups.branch == 0):
-            owners = self._stage.owners(lambda: self._predicted(0, 0), self._patches)
-        if self._groups.degrees.branches > 1:  # one without rows has nothing to find them with
-            rows = owners.view(-1, self._x[0].numel())
-            owners = self._groups.gather_rows(rows, Shard(1, self._groups.degrees.branches))[0]
-        self._pipeline.send_back(owners)
-        self._places = [(owners == patch).nonzero().flatten() for patch in self._all]
-        return self._places
+        size, branches = self._x[0].numel(), self._groups.degrees.branches
+        owners = torch.zeros(size, dtype=torch.long, device=self._x.device)
+        if len(self._all) > 1:
+            # Where the model gives NaN anyway, which the end of the run tells, any places will do.
+            if self._groups.branch == 0 and all(bool(output.isfinite().all()) for output in outputs):
+                owners = self._stage.owners(lambda: self._predicted(0, 0), self._patches)
+            if branches > 1:  # a branch without rows has nothing to find them with
+                own = owners[None] if self._groups.branch == 0 else owners[None][:0]
+                owners = self._groups.gather_rows(own, Shard(1, branches))[0]
+            self._pipeline.send_back(owners)
+        self._place(owners)
 
     def _told_places(self) -> None:
-        if len(self._all) == 1:
-            self._places = [self._everywhere()]
-        elif not self._places:
-            owners = self._pipeline.receive_back((self._x[0].numel(),), torch.long)
-            self._places = [(owners == patch).nonzero().flatten() for patch in self._all]
+        """In the first stage."""
+        owners = torch.zeros(self._x[0].numel(), dtype=torch.long, device=self._x.device)
+        self._place(self._pipeline.receive_back(owners.shape, owners.dtype) if len(self._all) > 1 else owners)
 
-    def _everywhere(self) -> torch.Tensor:
-        return torch.arange(self._x[0].numel(), device=self._x.device)
+    def _place(self, owners: torch.Tensor) -> None:
+        self._places = [(owners == patch).nonzero().flatten() for patch in self._all]
 
     def _send_back(self, number: int, patch: int | None) -> None:
         """From the last stage: inputs of the next evaluation, or results, and what a preview shows."""
@@ -178,7 +177,8 @@ class PipeFusion:
 
     def _arrival(self, number: int, patch: int | None) -> None:
         """In the first stage: what the last one has sent. The last patch of a step ends the step."""
-        self._told_places()
+        if not self._places:
+            self._told_places()
         places = torch.cat([self._places[one] for one in self._of(patch)])
         width = len(places) * (2 if self._request.previews else 1)
         arrived = self._pipeline.receive_back((len(self._x), width), self._x.dtype)

@@ -144,7 +144,7 @@ class Flux(ModelFamily):
             if guidance is not None:
                 guidance = torch.as_tensor(guidance, device=x.device, dtype=torch.float32).expand(x.shape[0])
             kwargs["guidance"] = guidance
-        return Call(kwargs, image.shape[1], context.shape[1])
+        return Call(kwargs, image.shape[1])
 
     def output(self, config: dict[str, Any], sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return unpacked(sample, x.shape)

@@ -105,7 +105,7 @@ class SD3(ModelFamily):
             "pooled_projections": pooled.to(x.dtype),
             "timestep": timestep,
         }
-        return Call(kwargs, (x.shape[-2] // patch) * (x.shape[-1] // patch), context.shape[1])
+        return Call(kwargs, (x.shape[-2] // patch) * (x.shape[-1] // patch))
 
     def output(self, config: dict[str, Any], sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return sample
