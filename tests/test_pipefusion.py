@@ -31,7 +31,9 @@ from tests.pipefusion_runs import (
 from tests.test_adapters import delta
 from worker.models.flux.family import Flux
 from worker.models.sd3.family import SD3
-from worker.parallel.stages import Stage, divide
+from worker.parallel.cuts import block_names, divide
+from worker.parallel.mesh import Mesh
+from worker.parallel.stage import Stage
 
 TWO = ParallelConfig(pipefusion_degree=2)
 LAYOUTS = {
@@ -173,10 +175,10 @@ def test_stages_of_the_published_models_are_even(family, config, stages):
     for index in range(stages):
         with torch.device("meta"):
             module = family.build(config)
-        lists = [module.get_submodule(name) for name in family.parts.blocks]
+        lists = [module.get_submodule(name) for name in block_names(module, family.plan)]
         blocks = sum(p.numel() for part in lists for p in part.parameters())
-        stage = Stage(module, family.parts, family.name, index, stages)
-        assert len(stage.runs) == stages and all(stage.runs)
+        stage = Stage(module, family.plan, family.name, index, stages, Mesh())
+        assert len(stage.cuts.runs) == stages and all(stage.cuts.runs)
         held.append(sum(p.numel() for p in module.parameters()))
     assert max(held) <= 1.1 * blocks / stages
 

@@ -21,6 +21,7 @@ from tests import tiny
 from tests.test_adapters import KEYS, expected, patches
 from worker.checkpoints import Checkpoint, Part, Source
 from worker.models.sd3.family import SD3
+from worker.parallel.cuts import block_names
 from worker.parallel.sharding import ShardedWeights
 
 MODELS = ("sd3", "sd3.5-medium", "flux")
@@ -164,7 +165,7 @@ def test_parts_of_all_ranks_make_the_weights_and_are_all_a_rank_keeps(deep, rank
     rows, size = [], sum(p.nbytes for p in deep.module.parameters())
     for rank in range(ranks):
         module = deep.family.build(DEEP).requires_grad_(False)
-        shards = ShardedWeights(module, deep.family.parts.names(module), ranks, torch.float32)
+        shards = ShardedWeights(module, block_names(module, deep.family.plan), ranks, torch.float32)
         monkeypatch.setattr(dist, "get_rank", lambda _group, rank=rank: rank)
         shards.load(module, checkpoint, mapping, None, torch.device("cpu"))
         views = [module.get_parameter(name) for name in shards.places]

@@ -34,39 +34,6 @@ class Call:
 
     kwargs: dict[str, Any]
     image_tokens: int
-    text_tokens: int
-
-
-class StageParts(ABC):
-    """A family's transformer in parts, so that ranks may have some of its blocks only.
-
-    What travels between blocks is image (B, tokens, width) and text (B, tokens, width). Image tokens
-    outside of them are `packed`: (B, tokens, channels * 4).
-    """
-
-    blocks: tuple[str, ...]  # module lists in the order they run
-    first: tuple[str, ...]  # modules that only the first stage needs
-    last: tuple[str, ...] = ("norm_out", "proj_out")
-
-    def names(self, module: nn.Module) -> list[str]:
-        """All blocks, in the order they run."""
-        return [f"{name}.{i}" for name in self.blocks for i in range(len(module.get_submodule(name)))]
-
-    @abstractmethod
-    def image(self, module: nn.Module, x: torch.Tensor, start: int, grid: tuple[int, int]) -> torch.Tensor:
-        """Embed packed tokens from `start` on of a picture of `grid` (rows, columns) of tokens."""
-
-    @abstractmethod
-    def time(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
-        """What modulates the blocks, (B, width), of the arguments of a `Call`."""
-
-    @abstractmethod
-    def output(self, module: nn.Module, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Packed tokens of the transformer's output."""
-
-    def rotary(self, module: nn.Module, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Tables (text tokens, then image tokens; head width) of rotary positions; none by default."""
-        return ()
 
 
 class ModelFamily(ABC):
@@ -75,7 +42,6 @@ class ModelFamily(ABC):
     name: str
     native: str  # a tensor that a file in the original release's naming has, and no other
     plan: Plan
-    parts: StageParts
     latent_format: LatentFormat
     guided: bool = True  # by a second, negative prompt; False where guidance is distilled into the model
     # Which blocks ComfyUI adds each list of ControlNet residuals after.

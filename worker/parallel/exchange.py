@@ -9,10 +9,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from worker.parallel.attention import WithLogSumExp
+from worker.parallel.kept_keys import Kept, KeptKeys
 from worker.parallel.mesh import Mesh
-from worker.parallel.parts import Parts, Shard
+from worker.parallel.parts import Part, Parts, Shard
 from worker.parallel.plan import WHOLE, Attend, PlanMismatch
-from worker.parallel.usp import USP, Keep, Order
+from worker.parallel.usp import USP, Order
 
 
 class Exchange:
@@ -25,6 +26,7 @@ class Exchange:
     def __init__(self, parts: Parts, mesh: Mesh, kernel: WithLogSumExp | None = None, deaf: bool = False):
         self.parts, self.mesh, self.kernel, self.deaf = parts, mesh, kernel, deaf
         self.masks: dict[str, torch.Tensor] = {}  # whole key masks (B, tokens) of streams
+        self.kept: KeptKeys | None = None  # PipeFusion's
         self._orders: dict[str, Order] = {}
 
     def begin(self) -> None:
@@ -60,10 +62,10 @@ class Exchange:
         split = [whole.split([s.size(rank) for s in shards], dim) for rank, whole in enumerate(every)]
         return torch.cat([of_rank[i] for i in range(len(names)) for of_rank in split], dim)
 
-    def order(self, streams: str, shards: Sequence[Shard], device: torch.device) -> Order:
+    def order(self, streams: str, parts: Sequence[Part], device: torch.device) -> Order:
         """Where tokens are in the whole of a sequence; made once per call."""
         if streams not in self._orders:
-            self._orders[streams] = Order(shards, device)
+            self._orders[streams] = Order(parts, device)
         return self._orders[streams]
 
 
@@ -73,7 +75,6 @@ class ModuleAttention:
     def __init__(self, exchange: Exchange, attends: tuple[Attend, ...]):
         self._exchange, self._attends = exchange, attends
         self.calls = 0
-        self.keep: Keep | None = None
         self._mask: tuple[Any, dict[Any, torch.Tensor]] = (None, {})  # the last one, and its blocks
 
     def attend(
@@ -89,60 +90,73 @@ class ModuleAttention:
         attend = self._attends[min(self.calls, len(self._attends) - 1)]
         self.calls += 1
         exchange = self._exchange
-        queries, keys = self._shards(attend.query, query), self._shards(attend.keys, key)
-        held = query
+        queries, keys = self._parts(attend.query, query), self._parts(attend.keys, key)
         query = self._true(query, attend.query, queries)
         key, value = (self._true(tensor, attend.keys, keys) for tensor in (key, value))
-        sizes = [_sizes(shards) for shards in (queries, keys)]
+        sizes = [_sizes(parts) for parts in (queries, keys)]
         if attend.counted:
             sizes = self._counted(query, key)
         self._check(attend, sizes, query, key)
         if exchange.deaf:
-            return self._held(local(query, key, value, None), held, attend.query, queries)
+            return self._held(local(query, key, value, None), attend.query, queries)
         mask = self._whole_mask(attend.keys, keys, key, mask)
-        usp = USP(exchange.mesh, *sizes, exchange.kernel, self.keep)
+        kept = self._kept(attend.keys, keys, key.device)
+        usp = USP(exchange.mesh, *sizes, exchange.kernel, kept)
 
         def bias(block: int, heads: slice) -> torch.Tensor | None:
-            return None if mask is None else self._bias(attend, queries, keys, mask, block, heads)
+            return None if mask is None else self._bias(attend, queries, keys, kept, mask, block, heads)
 
         out = usp(query, key, value, bias, scale, local)
-        return self._held(out, held, attend.query, queries)
+        return self._held(out, attend.query, queries)
 
     # ------------------------------------------------------------------ tokens
 
-    def _shards(self, streams: str, tensor: torch.Tensor) -> list[Shard]:
+    def _parts(self, streams: str, tensor: torch.Tensor) -> list[Part]:
         """How the tokens of a sequence are spread; for the exchange, also those that every rank has."""
         parts, mesh = self._exchange.parts, self._exchange.mesh
         names = streams.split()
         if WHOLE not in names:
-            return [parts[name].shard for name in names]
+            return [parts[name] for name in names]
         known = sum(parts[name].size for name in names if name != WHOLE)
-        rest = Shard(tensor.shape[2] - known, mesh.ranks)
-        return [rest if name == WHOLE else parts[name].shard for name in names]
+        length = tensor.shape[2] - known
+        rest = Part(length, 0, Shard(length, mesh.ranks), mesh.rank)
+        return [rest if name == WHOLE else parts[name] for name in names]
 
-    def _true(self, tensor: torch.Tensor, streams: str, shards: list[Shard]) -> torch.Tensor:
+    def _kept(self, streams: str, keys: list[Part], device: torch.device) -> Kept | None:
+        """Keys and values of other calls, which this call's attention sees too."""
+        exchange = self._exchange
+        if exchange.kept is None:
+            return None
+        lengths = {name: part.length for name, part in zip(streams.split(), keys, strict=True)}
+
+        def arriving(block: int) -> torch.Tensor:
+            return exchange.order(streams, keys, device).of(exchange.mesh.block(block))
+
+        return exchange.kept.of(self, self.calls, lengths, arriving, device)
+
+    def _true(self, tensor: torch.Tensor, streams: str, whole: list[Part]) -> torch.Tensor:
         """What this rank brings to the exchange."""
         parts, rank = self._exchange.parts, self._exchange.mesh.rank
         names = streams.split()
         if WHOLE not in names:
             return parts.true(tensor, streams, 2)
-        sizes = [s.length if n == WHOLE else parts[n].size for n, s in zip(names, shards, strict=True)]
+        sizes = [p.length if n == WHOLE else parts[n].size for n, p in zip(names, whole, strict=True)]
         pieces = []
-        for name, shard, piece in zip(names, shards, tensor.split(sizes, 2), strict=True):
-            span = shard.span(rank) if name == WHOLE else slice(0, parts[name].true)
+        for name, part, piece in zip(names, whole, tensor.split(sizes, 2), strict=True):
+            span = part.shard.span(rank) if name == WHOLE else slice(0, part.true)
             pieces.append(piece[:, :, span])
         return torch.cat(pieces, 2)
 
-    def _held(self, out: torch.Tensor, held: torch.Tensor, streams: str, shards: list[Shard]) -> torch.Tensor:
+    def _held(self, out: torch.Tensor, streams: str, whole: list[Part]) -> torch.Tensor:
         """The output for all tokens this rank computes on: of whole streams, all."""
         exchange, names = self._exchange, streams.split()
         if WHOLE not in names:
             return exchange.parts.held(out, streams, 2)
-        rank, pieces = exchange.mesh.rank, []
-        sizes = [shard.size(rank) for shard in shards]
-        for name, shard, piece in zip(names, shards, out.split(sizes, 2), strict=True):
+        pieces = []
+        sizes = [part.true for part in whole]
+        for name, part, piece in zip(names, whole, out.split(sizes, 2), strict=True):
             if name == WHOLE:
-                pieces.append(torch.cat(exchange.mesh.gather(piece, shard.sizes, 2), 2))
+                pieces.append(torch.cat(exchange.mesh.gather(piece, part.shard.sizes, 2), 2))
             else:
                 pieces.append(exchange.parts.held(piece, name, 2))
         return torch.cat(pieces, 2)
@@ -165,52 +179,66 @@ class ModuleAttention:
     # ------------------------------------------------------------------ masks
 
     def _whole_mask(
-        self, streams: str, shards: list[Shard], key: torch.Tensor, mask: torch.Tensor | None
+        self, streams: str, keys: list[Part], key: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
         """(B or 1, heads or 1, queries or 1, all keys). One made of this rank's tokens is made anew."""
         if mask is None:
             return None
         masks, names = self._exchange.masks, streams.split()
-        if mask.shape[-1] == sum(shard.length for shard in shards):
+        if mask.shape[-1] == sum(part.length for part in keys):
             return mask
         if not masks:
             raise PlanMismatch(
-                f"a mask over {mask.shape[-1]} keys where there are {sum(s.length for s in shards)} "
+                f"a mask over {mask.shape[-1]} keys where there are {sum(part.length for part in keys)} "
                 f"({streams})"
             )
         whole = [
-            masks.get(name, key.new_ones(len(key), shard.length, dtype=torch.bool))
-            for name, shard in zip(names, shards, strict=True)
+            masks.get(name, key.new_ones(len(key), part.length, dtype=torch.bool))
+            for name, part in zip(names, keys, strict=True)
         ]
         return torch.cat(whole, 1)[:, None, None]
 
     def _bias(
         self,
         attend: Attend,
-        queries: list[Shard],
-        keys: list[Shard],
+        queries: list[Part],
+        keys: list[Part],
+        kept: Kept | None,
         mask: torch.Tensor,
         block: int,
         heads: slice,
     ) -> torch.Tensor:
         """The mask between the queries of this rank's Ulysses group and the keys of a block of the ring."""
-        exchange, mesh = self._exchange, self._exchange.mesh
-        if self._mask[0] is not mask:
+        if self._mask[0] is not mask or kept is not None:
             self._mask = (mask, {})
         if block not in self._mask[1]:
-            order = exchange.order(attend.keys, keys, mask.device).of(mesh.block(block))
-            cut = mask.index_select(-1, order)
-            if mask.shape[-2] > 1:
-                if mask.shape[-2] != sum(shard.length for shard in queries):
-                    raise PlanMismatch(
-                        f"a mask for {mask.shape[-2]} queries where there are "
-                        f"{sum(s.length for s in queries)} ({attend.query})"
-                    )
-                order = exchange.order(attend.query, queries, mask.device).of(mesh.block(mesh.ring_rank))
-                cut = cut.index_select(-2, order)
-            self._mask[1][block] = cut
+            self._mask[1][block] = self._cut_mask(attend, queries, keys, kept, mask, block)
         cut = self._mask[1][block]
         return cut[:, heads] if cut.shape[1] > 1 else cut
+
+    def _cut_mask(
+        self,
+        attend: Attend,
+        queries: list[Part],
+        keys: list[Part],
+        kept: Kept | None,
+        mask: torch.Tensor,
+        block: int,
+    ) -> torch.Tensor:
+        exchange, mesh = self._exchange, self._exchange.mesh
+        seen = kept.seen(block) if kept is not None else None
+        if seen is None:
+            seen = exchange.order(attend.keys, keys, mask.device).of(mesh.block(block))
+        cut = mask.index_select(-1, seen)
+        if mask.shape[-2] == 1:
+            return cut
+        length = sum(part.length for part in queries)
+        if mask.shape[-2] != length:
+            raise PlanMismatch(
+                f"a mask for {mask.shape[-2]} queries where there are {length} ({attend.query})"
+            )
+        order = exchange.order(attend.query, queries, mask.device).of(mesh.block(mesh.ring_rank))
+        return cut.index_select(-2, order)
 
 
 class FirstProductSummed(TorchFunctionMode):
@@ -239,5 +267,5 @@ class FirstProductSummed(TorchFunctionMode):
         return self._mesh.sum(result)
 
 
-def _sizes(shards: list[Shard]) -> list[int]:
-    return [sum(shard.size(rank) for shard in shards) for rank in range(shards[0].ranks)]
+def _sizes(parts: list[Part]) -> list[int]:
+    return [sum(part.shard.size(rank) for part in parts) for rank in range(parts[0].shard.ranks)]

@@ -133,15 +133,6 @@ class RankGroups:
         """Which part of the tokens this rank computes."""
         return self.rank % self.degrees.sequence
 
-    def key_blocks(self) -> list[range]:
-        """Sequence ranks whose keys each block of the ring holds, in the order this rank meets them.
-
-        The ring brings the block of the rank before, then of the one before that.
-        """
-        ulysses, ring = self.degrees.ulysses, self.degrees.ring
-        blocks = [(self.sequence_rank // ulysses - step) % ring for step in range(ring)]
-        return [range(block * ulysses, (block + 1) * ulysses) for block in blocks]
-
     @cached_property
     def mesh(self) -> Mesh:
         """The ranks that share this rank's sequence of tokens. Its process groups are xfuser's."""
@@ -163,12 +154,6 @@ class RankGroups:
         from xfuser.core.distributed import get_dp_group
 
         return torch.cat(gather_parts(rows, shard.sizes, 0, get_dp_group().device_group))
-
-    def gather_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Concatenate every sequence rank's tokens (B, n, D) along dim 1."""
-        from xfuser.core.distributed import get_sp_group
-
-        return get_sp_group().all_gather(tokens.contiguous(), dim=1)
 
     def _stage_ranks(self) -> list[list[int]]:
         """Of every pipeline its ranks, stage after stage: xfuser's order (its `get_pp_group`)."""
@@ -230,14 +215,6 @@ def ring_kernel(transformer: nn.Module, groups: RankGroups) -> WithLogSumExp | N
         return None
     _start_runtime_state(transformer, groups.degrees)
     return xfuser_compat.block_attention()
-
-
-def use_parallel_attention(transformer: nn.Module, degrees: Degrees) -> None:
-    """Have xfuser's attention (USP) in place of diffusers'."""
-    for module in transformer.modules():
-        if hasattr(module, "processor"):
-            module.processor = xfuser_compat.parallel_processor(module)
-    _start_runtime_state(transformer, degrees)
 
 
 def _start_runtime_state(transformer: nn.Module, degrees: Degrees) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,17 @@ class Pipeline:
     def receive_back(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """In the first stage, from the last."""
         return self._receive(shape, dtype, self._ranks[-1], self._back)
+
+    def tell(self, known: Any) -> None:
+        """Plain data to the next stage: once, what it cannot know."""
+        content = torch.frombuffer(bytearray(json.dumps(known).encode()), dtype=torch.uint8)
+        self.send(torch.tensor([len(content)], device=self._device))
+        self.send(content.to(self._device))
+
+    def told(self) -> Any:
+        """What the stage before tells."""
+        length = int(self.receive((1,), torch.long))
+        return json.loads(bytes(self.receive((length,), torch.uint8).tolist()))
 
     def next_evaluation(self) -> None:
         """What was sent two evaluations ago has been received: everything since depends on it."""

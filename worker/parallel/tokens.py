@@ -55,11 +55,19 @@ class SpreadTokens:
         seam.catch_torch()
         for region in plan.regions:
             self._attach(region)
+        self._modules = {}  # a stage takes out blocks of others
 
     def close(self) -> None:
         """Leave the module as it was."""
         for hook in self._hooks:
             hook.remove()
+
+    def enter(self, lengths: Mapping[str, int]) -> None:
+        """Another stage has entered the region, with so many tokens of each stream in all."""
+        self._once.clear()
+        for stream, length in lengths.items():
+            self.parts.bring(stream, length, span=self.spans.get(stream))
+        self.exchange.begin()
 
     def own(self, tensor: torch.Tensor, stream: str, dim: int = 1) -> torch.Tensor:
         """This rank's part of something on the tokens of a stream, or on the first of them."""
@@ -228,7 +236,26 @@ class SpreadTokens:
             flat = self.whole(part.flatten(carrier.first, carrier.last), carrier.streams, carrier.first)
             return flat.unflatten(carrier.first, self._grids[carrier.streams])
         streams, dim = (carrier, 1) if isinstance(carrier, str) else (carrier.streams, carrier.dim)
+        if self.spans:
+            return self._placed(part, streams, dim, region.gather.split())
         return self.exchange.whole(part, streams, dim, region.gather.split())
+
+    def _placed(self, part: torch.Tensor, streams: str, dim: int, wanted: list[str]) -> torch.Tensor:
+        """The tokens of a call that brings a span of them, where they belong in otherwise empty streams."""
+        names, found = streams.split(), []
+        pieces = part.split([self.parts[name].size for name in names], dim)
+        for name, piece in zip(names, pieces, strict=True):
+            one = self.parts[name]
+            if name in wanted:
+                shape = list(piece.shape)
+                shape[dim] = one.length
+                whole = piece.new_zeros(shape)
+                if one.shard.length:
+                    tokens = self.whole(piece, name, dim)
+                    whole.narrow(dim, one.first, one.shard.length).copy_(tokens)
+                piece = whole
+            found.append(piece)
+        return torch.cat(found, dim) if len(found) > 1 else found[0]
 
     def _gather_first(self, region: Region, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.exchange.whole(args[0], region.gather, 1), *args[1:])

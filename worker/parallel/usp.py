@@ -13,7 +13,7 @@ import torch
 
 from worker.parallel.attention import Blockwise, WithLogSumExp
 from worker.parallel.mesh import Mesh
-from worker.parallel.parts import Shard
+from worker.parallel.parts import Part, Shard
 
 # (query, key, value, mask) with this rank's heads of its Ulysses group's tokens.
 Local = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -27,22 +27,22 @@ class Keep(Protocol):
 
 
 class Order:
-    """Where the tokens of a rank, or of a block of the ring, are in the whole sequence.
+    """Where the tokens that a rank, or a block of the ring, has in this call are in the whole sequence.
 
     Args:
-        shards: of the streams, in their order.
+        parts: of the streams, in their order.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device):
-        self._wholes = torch.arange(sum(s.length for s in shards), device=device).split(
-            [s.length for s in shards]
-        )
-        self._shards = shards
+    def __init__(self, parts: Sequence[Part], device: torch.device):
+        wholes = torch.arange(sum(part.length for part in parts), device=device)
+        pieces = wholes.split([part.length for part in parts])
+        self._brought = [piece[part.first :] for piece, part in zip(pieces, parts, strict=True)]
+        self._shards = [part.shard for part in parts]
 
     def of(self, ranks: range) -> torch.Tensor:
         """In the order in which they lie: rank after rank, and in each stream after stream."""
-        spans = [(whole, shard) for whole, shard in zip(self._wholes, self._shards, strict=True)]
-        return torch.cat([whole[shard.span(rank)] for rank in ranks for whole, shard in spans])
+        spans = list(zip(self._brought, self._shards, strict=True))
+        return torch.cat([tokens[shard.span(rank)] for rank in ranks for tokens, shard in spans])
 
 
 class USP:

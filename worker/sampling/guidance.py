@@ -35,10 +35,10 @@ class Guidance:
         sides = 1 if request.negative is None else 2
         return cls(arranged(request.noise), arranged(request.latent), mask, request.cfg, sides)
 
-    def part(self, start: int, stop: int) -> Guidance:
-        """The same for a range of tokens (dimension 1)."""
-        mask = None if self.mask is None else self.mask[:, start:stop]
-        return replace(self, noise=self.noise[:, start:stop], latent=self.latent[:, start:stop], mask=mask)
+    def part(self, elements: torch.Tensor) -> Guidance:
+        """The same for some elements of dimension 1."""
+        mask = None if self.mask is None else self.mask[:, elements]
+        return replace(self, noise=self.noise[:, elements], latent=self.latent[:, elements], mask=mask)
 
     def noised(self, sigma: torch.Tensor) -> torch.Tensor:
         """The latent at `sigma`: where a run starts, and what inpainting keeps."""

@@ -14,9 +14,11 @@ from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint, check_complete, not_finite, read_json
 from worker.models import detect
 from worker.models.base import PATCH, ModelFamily, to_whole_patches
-from worker.parallel.groups import Degrees, RankGroups, ring_kernel, use_parallel_attention
+from worker.parallel.cuts import block_names
+from worker.parallel.groups import Degrees, RankGroups, ring_kernel
+from worker.parallel.mesh import Mesh
 from worker.parallel.sharding import ShardedWeights
-from worker.parallel.stages import Stage
+from worker.parallel.stage import Stage
 from worker.parallel.tokens import SpreadTokens
 from worker.patches.lora_files import LoraFiles
 from worker.patches.weights import PatchedWeights, PatchStore
@@ -54,12 +56,12 @@ class Transformer:
         self.stage: Stage | None = None
         if degrees.stages > 1:
             # A layout that is only asked about has its stages elsewhere: its first one stands for them.
-            index = groups.stage if degrees == groups.degrees else 0
-            self.stage = Stage(self.module, self.family.parts, self.family.name, index, degrees.stages)
+            index, mesh = (groups.stage, groups.mesh) if degrees == groups.degrees else (0, Mesh())
+            self.stage = Stage(self.module, self.family.plan, self.family.name, index, degrees.stages, mesh)
             self._mapping = {name: self._mapping[name] for name in self.module.state_dict()}
         self._shards: ShardedWeights | None = None
         if degrees.shards > 1:
-            blocks = self.stage.names if self.stage else self.family.parts.names(self.module)
+            blocks = self.stage.names if self.stage else block_names(self.module, self.family.plan)
             self._shards = ShardedWeights(self.module, blocks, degrees.shards, self.dtype)
 
     @property
@@ -84,12 +86,12 @@ class Transformer:
         self._patched = PatchedWeights(
             weights, native, self._checkpoint, self._mapping, self.dtype, self.loras
         )
-        if self.stage is not None:
-            use_parallel_attention(self.module, self._groups.degrees)
-            return
         self.family.prepare(self.module)
+        kernel = ring_kernel(self.module, self._groups)
+        if self.stage is not None:
+            self.stage.use(kernel)
+            return
         if self._groups.degrees.sequence > 1:
-            kernel = ring_kernel(self.module, self._groups)
             self._tokens = SpreadTokens(self.module, self.family.plan, self._groups.mesh, kernel)
         own = self._own_image if self._tokens else lambda tokens: tokens
         self._control = ControlResiduals(self.module, self.family.control, own)
@@ -145,15 +147,19 @@ class Transformer:
 
     def _predict(self, batch: Batch) -> torch.Tensor:
         """The transformer's output, (B, C, H, W) in the dtype of x. All sequence ranks call it alike."""
-        height, width = batch.x.shape[-2:]
-        padded = to_whole_patches(batch.x.to(self.dtype))
-        call = self.family.call(self.config, padded, batch.timestep, batch.conditions)
-        parts, whole = self._net_residuals(batch, padded, call.image_tokens)
+        parts, whole = self._net_residuals(batch)
         with (
             self._control.of([batch.control, whole], parts),
             self.ip_adapters.of(batch.pictures, batch.timestep),
         ):
-            (sample,) = self.module(**call.kwargs, return_dict=False)
+            return self.predict_plain(batch)
+
+    def predict_plain(self, batch: Batch) -> torch.Tensor:
+        """The same without ControlNets and IP-Adapters: also what a stage of a pipeline runs a part of."""
+        height, width = batch.x.shape[-2:]
+        padded = to_whole_patches(batch.x.to(self.dtype))
+        call = self.family.call(self.config, padded, batch.timestep, batch.conditions)
+        (sample,) = self.module(**call.kwargs, return_dict=False)
         return self.family.output(self.config, sample, padded)[..., :height, :width].to(batch.x.dtype)
 
     def predict_batch(self, batch: Batch) -> torch.Tensor:
@@ -230,10 +236,12 @@ class Transformer:
             net.net.check(x, net)
         return conditions | lengths
 
-    def _net_residuals(self, batch: Batch, x: torch.Tensor, tokens: int) -> tuple[Residuals, Residuals]:
+    def _net_residuals(self, batch: Batch) -> tuple[Residuals, Residuals]:
         """What ControlNets in the ranks add to this rank's image tokens, and what they add to all."""
         if not batch.nets:
             return {}, {}
+        x = to_whole_patches(batch.x.to(self.dtype))
+        tokens = self.family.call(self.config, x, batch.timestep, batch.conditions).image_tokens
         residuals = summed(
             [net.net.residuals(x, batch.timestep, batch.conditions, net) for net in batch.nets]
         )

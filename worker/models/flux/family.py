@@ -18,7 +18,6 @@ from worker.models.base import (
     LatentFormat,
     ModelFamily,
     Sampling,
-    StageParts,
     depth,
     packed,
     rows,
@@ -34,35 +33,10 @@ from worker.models.plans import diffusers as plans
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
 
 
-class FluxParts(StageParts):
-    blocks = ("transformer_blocks", "single_transformer_blocks")
-    first = ("x_embedder", "context_embedder")
-
-    def image(self, module: nn.Module, x: torch.Tensor, start: int, grid: tuple[int, int]) -> torch.Tensor:
-        return module.x_embedder(x)
-
-    def time(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
-        embed, pooled, guidance = module.time_text_embed, kwargs["pooled_projections"], kwargs.get("guidance")
-        # As ExactTime: the timestep in fp32, and no guidance is none.
-        steps = embed.time_proj(kwargs["timestep"].float() * 1000.0)
-        time = embed.timestep_embedder(steps.to(pooled.dtype))
-        if guidance is not None:
-            scale = embed.time_proj(guidance.to(pooled.dtype) * 1000)
-            time = time + embed.guidance_embedder(scale.to(pooled.dtype))
-        return time + embed.text_embedder(pooled)
-
-    def output(self, module: nn.Module, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        return module.proj_out(module.norm_out(image, time))
-
-    def rotary(self, module: nn.Module, kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        return module.pos_embed(torch.cat([kwargs["txt_ids"], kwargs["img_ids"]]))
-
-
 class Flux(ModelFamily):
     name = "flux"
     native = "double_blocks.0.img_attn.qkv.weight"
     plan = plans.FLUX
-    parts = FluxParts()
     latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
     guided = False
     control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}
@@ -170,7 +144,7 @@ class Flux(ModelFamily):
             if guidance is not None:
                 guidance = torch.as_tensor(guidance, device=x.device, dtype=torch.float32).expand(x.shape[0])
             kwargs["guidance"] = guidance
-        return Call(kwargs, image.shape[1], context.shape[1])
+        return Call(kwargs, image.shape[1])
 
     def output(self, config: dict[str, Any], sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return unpacked(sample, x.shape)

@@ -19,7 +19,6 @@ from worker.models.base import (
     LatentFormat,
     ModelFamily,
     Sampling,
-    StageParts,
     depth,
     rows,
     swapped,
@@ -31,30 +30,10 @@ from worker.models.sd3.ip_adapter import SD3IPAdapter
 HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a q/k norm
 
 
-class SD3Parts(StageParts):
-    blocks = ("transformer_blocks",)
-    first = ("pos_embed", "context_embedder")
-
-    def image(self, module: nn.Module, x: torch.Tensor, start: int, grid: tuple[int, int]) -> torch.Tensor:
-        embed = module.pos_embed
-        tokens = nn.functional.linear(x, embed.proj.weight.flatten(1), embed.proj.bias)
-        positions = embed.cropped_pos_embed(*(side * embed.patch_size for side in grid))
-        return (tokens + positions[:, start : start + x.shape[1]]).to(x.dtype)
-
-    def time(self, module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
-        return module.time_text_embed(kwargs["timestep"], kwargs["pooled_projections"])
-
-    def output(self, module: nn.Module, image: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        tokens = module.proj_out(module.norm_out(image, time))
-        patch = module.config.patch_size  # (row, column, channel) of a token's pixels to packed order
-        return tokens.unflatten(-1, (patch, patch, -1)).permute(0, 1, 4, 2, 3).flatten(2)
-
-
 class SD3(ModelFamily):
     name = "sd3"
     native = "joint_blocks.0.context_block.attn.qkv.weight"
     plan = plans.SD3
-    parts = SD3Parts()
     latent_format = LatentFormat(scale_factor=1.5305, shift_factor=0.0609)
     control: ClassVar = {"output": "transformer_blocks"}
     ip_adapter = SD3IPAdapter
@@ -126,7 +105,7 @@ class SD3(ModelFamily):
             "pooled_projections": pooled.to(x.dtype),
             "timestep": timestep,
         }
-        return Call(kwargs, (x.shape[-2] // patch) * (x.shape[-1] // patch), context.shape[1])
+        return Call(kwargs, (x.shape[-2] // patch) * (x.shape[-1] // patch))
 
     def output(self, config: dict[str, Any], sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return sample
