@@ -45,8 +45,18 @@ def test_an_error_would_be_seen(tiny_models, name):
     assert tiny.relative_l2(wrong, expected) > 10 * PER_CALL
 
 
-def test_heads_that_do_not_divide_are_refused(tiny_models):
+def test_heads_that_do_not_divide(tiny_models):
     model = tiny_models["sd3"]  # 4 heads
     remote = RemoteModel(ModelSpec.of(model.file, "transformer"), ParallelConfig(ulysses_degree=3))
-    with pytest.raises(InvalidInput, match=r"ulysses_degree 3 does not divide the 4 attention heads.*set"):
+    x = torch.randn(1, 16, 14, 18, generator=torch.Generator().manual_seed(5))
+    timestep = torch.full((1,), 0.7 * multiplier(model))
+    given = tiny.conditions(model.family, model.config, 8)
+    expected = tiny.reference(model.family, model.module, x, timestep, given)
+    assert tiny.relative_l2(remote.denoise(x, timestep, given), expected) <= PER_CALL
+
+
+def test_fewer_heads_than_ranks_are_refused(tiny_models):
+    spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
+    remote = RemoteModel(spec, ParallelConfig(ulysses_degree=5))
+    with pytest.raises(InvalidInput, match=r"ulysses_degree 5 is more than the 4 attention heads.*set"):
         remote.load()

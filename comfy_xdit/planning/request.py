@@ -17,7 +17,7 @@ class ModelShape:
 
     Args:
         family: the name of the family.
-        heads: attention heads; `ulysses_degree` must divide them.
+        heads: attention heads; as `ulysses_degree` only divisors of them are offered: equal work for all.
         width: hidden size.
         blocks: transformer blocks, of which `dual` attend to the image tokens a second time.
         parameters: numbers in all weights.
