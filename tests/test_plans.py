@@ -13,6 +13,7 @@ import torch
 from comfy_xdit.ranks.environment import ROOT
 from tests.plan_cases import CASES
 from tests.plan_ranks import WORLD
+from worker.parallel.attention import Blockwise
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts, Shard
 from worker.parallel.plan import Attend, Blocks, Plan, PlanMismatch, Region, Spans, Tokens
@@ -145,3 +146,20 @@ def test_spans_over_two_streams():
         found.append(parts.take(Spans("text image"), spans))
     assert found[0] == [(0, 1, "a"), (1, 2, "a"), (2, 5, "b")]
     assert found[1] == [(0, 1, "a"), (1, 2, "b"), (2, 5, "c")]
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_a_query_that_sees_nothing_of_its_first_blocks_sees_the_others(blocks: int):
+    """Causal attention in a ring: what comes first may weigh nothing."""
+    generator = torch.Generator().manual_seed(blocks)
+    query, key, value = (torch.randn(1, 2, 61, 32, generator=generator) for _ in range(3))
+    mask = torch.ones(61, 61, dtype=torch.bool).tril()
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    spans = torch.arange(61).chunk(blocks)
+    for own in spans:
+        for order in (spans, spans[::-1]):
+            result = Blockwise(query[:, :, own], None)
+            for span in order:
+                result.add(key[:, :, span], value[:, :, span], mask[own][:, span][None, None])
+            part = wanted[:, :, own]
+            assert float((result.result - part).norm() / part.norm()) <= 1e-6

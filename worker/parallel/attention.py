@@ -44,10 +44,11 @@ class Blockwise:
         if self._empty:
             self._out, self._lse, self._empty = out, lse, False
             return
-        # exp(lse) weighs the blocks; written so that nothing overflows.
+        # exp(lse) weighs the blocks; written so that nothing overflows, and that a block of which a row sees
+        # nothing, whose lse is next to the least number, leaves no trace.
         difference = lse - self._lse
         self._out = torch.lerp(self._out, out, torch.sigmoid(difference))
-        self._lse = self._lse + F.softplus(difference)
+        self._lse = torch.logaddexp(self._lse, lse)
 
     @property
     def result(self) -> torch.Tensor:

@@ -123,7 +123,7 @@ def _comfyui_attention(
     apart = options.pop("skip_reshape", False)
     whole = options.pop("skip_output_reshape", False)
     if not apart:
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     if k.shape[1] != q.shape[1]:  # grouped queries
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     options.pop("enable_gqa", None)

@@ -77,7 +77,7 @@ def _flux(d: Draw, **more: Any) -> Any:
 
 def _flux_kontext(d: Draw) -> Any:
     tokens = PROMPT + 35 + 15
-    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril().unsqueeze(0)
+    mask = (-1e4 * torch.ones(tokens, tokens).triu(1)).unsqueeze(0)  # added to the scores
     return _flux(d, ref_latents=[d(CHANNELS, 6, 10)], attention_mask=mask)
 
 
