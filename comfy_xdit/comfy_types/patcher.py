@@ -96,14 +96,19 @@ class RemotePatcher(comfy.model_patcher.ModelPatcher):
             _refuse(
                 f"patches of modules inside the transformer ({inner[0]})", "Remove the node that adds them"
             )
-        dtype = self.object_patches.get(COMPUTE_DTYPE)
-        if dtype is not None and dtype != self.model.get_dtype():
-            _refuse(
-                f"computing in {dtype} (ModelComputeDtype)",
-                "Choose weight_dtype in the xDiT loader node, which the ranks compute in",
-            )
+        if COMPUTE_DTYPE in self.object_patches:
+            self._refuse_other_dtype(self.object_patches[COMPUTE_DTYPE])
         if self.get_wrappers(WrappersMP.APPLY_MODEL, COMPILE_KEY):
             _refuse("torch.compile", "Remove the TorchCompileModel node")
+
+    def _refuse_other_dtype(self, dtype: torch.dtype | None) -> None:
+        """Raise InvalidInput where `dtype`, None for the weights' own, is not what the ranks compute in."""
+        of_weights, cast_to = self.model.get_dtype(), self.model.model_config.manual_cast_dtype
+        if (dtype or of_weights) != (cast_to or of_weights):
+            _refuse(
+                f"computing in {dtype or of_weights} (ModelComputeDtype)",
+                "Choose weight_dtype in the xDiT loader node, which the ranks compute in",
+            )
 
     def pre_run(self) -> None:
         """Before the first step of a run. Several clones share the twin: this one's patches count."""

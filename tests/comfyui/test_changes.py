@@ -246,3 +246,23 @@ def test_the_compute_dtype_of_the_ranks_may_be_asked_for(run_node, model, sample
     (changed,) = run_node("ModelComputeDtype", model=model, dtype=dtype)
 
     assert torch.equal(_sample(run_node, changed, sampler), _sample(run_node, model, sampler))
+
+
+def test_the_dtype_that_weights_are_cast_to_counts(run_node, tiny_sd3, monkeypatch):
+    """A CPU computes bf16 weights of ComfyUI's own class in fp32."""
+    from comfy_xdit.comfy_types.choice import FORCED
+
+    monkeypatch.setenv(FORCED, "comfyui")
+    inputs = {"unet_name": tiny_sd3, "weight_dtype": "bf16", "parallel": layout(1)}
+    (model,) = run_node("XDiTLoadDiffusionModel", **inputs)
+    assert model.model.manual_cast_dtype == torch.float32
+    before = _sample(run_node, model)
+
+    def changed(dtype: str) -> Any:
+        return run_node("ModelComputeDtype", model=model, dtype=dtype)[0]
+
+    assert torch.equal(_sample(run_node, changed("fp32")), before)
+    for dtype in ("bf16", "default"):
+        with pytest.raises(InvalidInput, match=r"computing in torch\.bfloat16 \(ModelComputeDtype\)"):
+            _sample(run_node, changed(dtype))
+    assert torch.equal(_sample(run_node, model), before)
