@@ -42,7 +42,8 @@ def three_heads(tmp_path_factory):
 
 def test_heads_that_do_not_divide_are_known_before_the_ranks_start(three_heads):
     module, file = three_heads
-    remote = nodes.load_diffusion_model(str(file), "default", TWO)
+    loader = nodes.NODE_CLASS_MAPPINGS["XDiTLoadDiffusionModel"]()
+    (remote,) = loader.load(str(file), "default", TWO)
     assert remote.info["heads"] == 3
     assert remote.parallel == ParallelConfig(ring_degree=2, devices=("cpu", "cpu"))
 
