@@ -67,6 +67,8 @@ def layout_of(
     if len(devices) == 1:  # nothing to choose, so nobody need be asked
         return ParallelConfig(devices=devices, shard_weights=parallel.shard_weights).check(available)
     shard, key = parallel.shard_weights, (spec, replace(parallel, devices=devices))
+    if spec.comfyui is not None:
+        return _by_rows(description(spec, interrupted), devices, shard).check(available)
     if key not in _chosen:
         info = description(spec, interrupted)
         cluster = machine(devices)
@@ -85,6 +87,17 @@ def _choose(request: Request, cluster: Cluster, devices: tuple[str, ...], shard:
     layout = plan.pick.layout
     layout = replace(layout, devices=devices[: layout.world_size]).check(available_devices())
     return Chosen(layout, plan, request, cluster, shard)
+
+
+def _by_rows(info: dict[str, Any], devices: tuple[str, ...], shard: bool) -> ParallelConfig:
+    """For a class of ComfyUI's own, of which no time is known: both prompts at once where it has two.
+
+    Its tokens are spread where a person asks for it. Weights are shared by all devices, or by none.
+    """
+    cfg = 2 if info["cfg"] and info["rows_apart"] else 1
+    data = len(devices) // cfg if shard else 1
+    layout = ParallelConfig(data_parallel_degree=data, cfg_parallel_degree=cfg, shard_weights=shard)
+    return replace(layout, devices=devices[: layout.world_size])
 
 
 def layout_beside(parallel: ParallelConfig | Automatic) -> ParallelConfig:
@@ -129,7 +142,7 @@ def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) 
     starts, which goes when other ranks are needed, or stays when one is the plan. The answer is
     remembered as long as the file is the same.
     """
-    key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype}"
+    key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype} {spec.comfyui or ''}"
     held = remembered.read(NAME, _check)
     if key in held:
         return held[key]
@@ -151,8 +164,11 @@ def _check(models: Any) -> None:
     """Raise ValueError for what holds something that is no description."""
     try:
         for told in models.values():
-            ModelShape.of(told)
-            told["stored"]
+            needed = ("stored", "cfg", "rows_apart") if told.get("comfyui") else ("stored",)
+            if not told.get("comfyui"):
+                ModelShape.of(told)
+            for name in needed:
+                told[name]
     except (AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"not descriptions of models ({error!r})") from error
 

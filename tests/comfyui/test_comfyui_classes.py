@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from comfy_xdit.ranks.environment import rank_threads
 from tests.comfyui.inputs import layout, relative_l2
@@ -109,3 +110,69 @@ def test_several_ranks_equal_stock(comfyui, run_node, files, degrees, name):
     for batch in CASES[name].batches:
         for actual, wanted in zip(call(pair.ours, name, batch), call(pair.stock, name, batch), strict=True):
             assert relative_l2(actual, wanted) <= SPREAD
+
+
+# ---------------------------------------------------------------------- whole runs, through stock nodes
+
+# Of each the conditioning's width, what else it brings, and the latent (B, C, [T,] H, W).
+RUNS = {
+    "wan t2v": (40, {}, (1, 16, 3, 10, 14)),
+    "qwen image": (40, {}, (1, 16, 1, 10, 14)),
+    "z-image": (40, {}, (1, 16, 10, 14)),
+    "flux2": (40, {"pooled_output": 24}, (1, 128, 5, 7)),
+    "hunyuan video": (40, {"pooled_output": 24}, (1, 16, 3, 10, 14)),
+    "chroma": (40, {"pooled_output": 24}, (1, 16, 10, 14)),
+}
+
+
+def conditioning(seed: int, width: int, more: dict[str, int]) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    extra = {name: torch.randn(1, size, generator=generator) for name, size in more.items()}
+    return [[torch.randn(1, 11, width, generator=generator), extra]]
+
+
+def sampled(run_node, model: Any, name: str) -> torch.Tensor:
+    width, more, shape = RUNS[name]
+    (latent,) = run_node(
+        "KSampler", model=model, seed=7, steps=3, cfg=3.0, sampler_name="euler", scheduler="simple",
+        denoise=1.0, positive=conditioning(1, width, more), negative=conditioning(2, width, more),
+        latent_image={"samples": torch.zeros(shape)},
+    )  # fmt: skip
+    return latent["samples"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_ksampler_is_stocks(comfyui, run_node, files, name):
+    pair = models(comfyui, run_node, files(name), {})
+
+    assert torch.equal(sampled(run_node, pair.ours, name), sampled(run_node, pair.stock, name))
+
+
+@pytest.mark.parametrize("name", ["wan t2v", "z-image"])
+def test_a_lora_on_classes_own_names_is_stocks(comfyui, run_node, files, name):
+    """A stock LoRA node, and off again; the file's names are the class's own."""
+    pair = models(comfyui, run_node, files(name), {})
+    weights = pair.ours.model.diffusion_model.state_dict()
+    key = next(k for k, t in weights.items() if k.endswith("weight") and t.ndim == 2 and min(t.shape) > 8)
+    rows, columns = weights[key].shape
+    generator = torch.Generator().manual_seed(5)
+    module = key.removesuffix(".weight")
+    lora = {
+        f"diffusion_model.{module}.lora_up.weight": torch.randn(rows, 4, generator=generator),
+        f"diffusion_model.{module}.lora_down.weight": torch.randn(4, columns, generator=generator),
+    }
+    save_file(lora, comfyui.models / "loras" / f"{name.replace(' ', '_')}_lora.safetensors")
+    plain = call(pair.ours, name, 1)
+
+    patched = []
+    for model in (pair.ours, pair.stock):
+        (changed,) = run_node(
+            "LoraLoaderModelOnly", model=model, strength_model=0.5,
+            lora_name=f"{name.replace(' ', '_')}_lora.safetensors",
+        )  # fmt: skip
+        changed.patch_model()
+        changed.pre_run()
+        patched.append(call(changed, name, 1))
+        changed.unpatch_model()
+    assert relative_l2(patched[0][0], patched[1][0]) <= SPREAD
+    assert relative_l2(patched[0][0], plain[0]) > 1e-3

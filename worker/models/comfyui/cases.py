@@ -82,8 +82,8 @@ def _flux_kontext(d: Draw) -> Any:
 
 
 def _flux2(d: Draw) -> Any:
-    given = {"guidance": d.time(3.5), "ref_latents": [d(CHANNELS, 3, 5)]}
-    return (d(CHANNELS, *SMALL), d.time(), d.prompt()), given
+    given = {"guidance": d.time(3.5), "ref_latents": [d(128, 3, 5)]}
+    return (d(128, *SMALL), d.time(), d.prompt()), given
 
 
 def _chroma(d: Draw, channels: int = CHANNELS) -> Any:

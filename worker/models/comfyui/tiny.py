@@ -25,7 +25,8 @@ FLUX: Size = {
     "txt_ids_dims": [],
 }  # fmt: skip
 FLUX2: Size = FLUX | {
-    "vec_in_dim": None, "axes_dim": [8] * 4, "qkv_bias": False, "txt_ids_dims": [3], "patch_size": 1,
+    "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "axes_dim": [8] * 4,
+    "qkv_bias": False, "txt_ids_dims": [3], "patch_size": 1,
     "global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "mlp_ratio": 3.0,
 }  # fmt: skip
 CHROMA: Size = {name: value for name, value in FLUX.items() if name != "guidance_embed"} | {

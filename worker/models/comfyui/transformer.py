@@ -16,6 +16,7 @@ from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint
 from worker.models.comfyui.building import blocks, build, fill, materialise, outline
 from worker.models.comfyui.detection import Detected, detect
+from worker.models.comfyui.proof import prove
 from worker.models.comfyui.spreading import Spread, plan_of
 from worker.models.comfyui.weights import PatchedComfyUI, lora_files
 from worker.parallel.groups import Degrees, RankGroups, ring_kernel
@@ -142,6 +143,7 @@ class ComfyUITransformer:
         if self._degrees.sequence == 1:
             return None
         try:
+            prove(self.name, self._groups.mesh, self._groups.device)
             return Spread(self.module, self._groups.mesh, ring_kernel(self.module, self._groups))
         except PlanMismatch as error:
             raise self._not_spread(error) from error

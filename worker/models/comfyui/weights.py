@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.float
 import comfy.lora
+import comfy.model_patcher
 import comfy.utils
 import torch
 from torch import nn
@@ -115,4 +116,5 @@ def _patched(name: str, whole: torch.Tensor, patches: tuple[Patch, ...], store: 
 
 def _seed(name: str) -> int:
     """What ComfyUI's stochastic rounding of a patched weight begins with."""
-    return comfy.utils.string_to_seed(f"{PREFIX}{name}")
+    here = comfy.utils if hasattr(comfy.utils, "string_to_seed") else comfy.model_patcher  # before 0.33
+    return here.string_to_seed(f"{PREFIX}{name}")
