@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import nodes
+from comfy_xdit.headless.workflow import node_classes
 from comfy_xdit.nodes.report import report
 from comfy_xdit.planning import auto, measured, remembered
 from comfy_xdit.planning.auto import layout_of, machine
@@ -42,7 +42,7 @@ def three_heads(tmp_path_factory):
 
 def test_heads_that_do_not_divide_are_known_before_the_ranks_start(three_heads):
     module, file = three_heads
-    remote = nodes.load_diffusion_model(str(file), "default", TWO)
+    (remote,) = node_classes()["XDiTLoadDiffusionModel"]().load(str(file), "default", TWO)
     assert remote.info["heads"] == 3
     assert remote.parallel == ParallelConfig(ring_degree=2, devices=("cpu", "cpu"))
 
