@@ -200,7 +200,5 @@ def test_at_cfg_1_there_is_no_negative_prompt():
 
 
 def test_a_sampler_that_does_not_run_in_the_ranks_is_refused():
-    with pytest.raises(
-        InvalidInput, match="'uni_pc' does not run in the ranks .euler, heun, dpmpp_2m do"
-    ):
+    with pytest.raises(InvalidInput, match=r"'uni_pc' does not run in the ranks .euler, heun, dpmpp_2m do"):
         request(sampler_name="uni_pc")
