@@ -192,8 +192,11 @@ class ModuleAttention:
                 f"a mask over {mask.shape[-1]} keys where there are {sum(part.length for part in keys)} "
                 f"({streams})"
             )
+        added = next((given for given in masks.values() if given.is_floating_point()), None)
+        # Of a stream without a mask every key counts.
+        every = key.new_ones(1, 1, dtype=torch.bool) if added is None else added.new_zeros(1, 1)
         whole = [
-            masks.get(name, key.new_ones(len(key), part.length, dtype=torch.bool))
+            (masks[name] if name in masks else every.expand(1, part.length)).expand(len(key), -1)
             for name, part in zip(names, keys, strict=True)
         ]
         return torch.cat(whole, 1)[:, None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,8 @@ class Parts:
         dim = carrier.dim
         if carrier.ndim not in (None, value.ndim):
             return value
+        if isinstance(dim, Mapping):
+            dim = dim[value.ndim]
         if isinstance(dim, tuple):
             dim = next((one for one in dim if value.shape[one] > 1), dim[0])
         names = carrier.streams.split()

@@ -20,15 +20,17 @@ class Tokens:
     """A tensor, or a nested tuple or list of them, with one entry per token of some streams.
 
     Args:
-        dim: where the tokens lie; a tuple of them where it differs (between versions of a class): the one
-            that is not 1. A dimension of 1 broadcasts and stays whole, like a tensor without tokens.
+        dim: where the tokens lie; where it differs (between versions of a class) a tuple of them: the one
+            that is not 1; or a mapping: by the tensor's number of dimensions. A dimension of 1 broadcasts
+            and stays whole, like a tensor without tokens.
         ndim: a tensor with another number of dimensions has no tokens.
         masks_keys: a key mask (B, tokens) from which the model makes the mask of an attention of its own
-            tokens only; the seam makes that mask of the whole again.
+            tokens only; the seam makes that mask of the whole again. One of floating point is added to the
+            scores, any other says which keys count.
     """
 
     streams: str
-    dim: int | tuple[int, ...] = 1
+    dim: int | tuple[int, ...] | Mapping[int, int] = 1
     ndim: int | None = None
     masks_keys: bool = False
 

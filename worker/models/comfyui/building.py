@@ -16,6 +16,8 @@ from worker.models.comfyui.detection import Detected, Tensors, named
 META = torch.device("meta")
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
 LARGE = 65_536  # elements
+# Parameters that a layer sets to 1 itself, where the file does not scale it.
+MADE_BY_LAYERS = (".scale_weight", ".scale_input")
 
 
 def outline(detected: Detected) -> Any:
@@ -67,7 +69,11 @@ def fill(module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[s
             "format that this ComfyUI does not know."
         ) from error
     parameters = dict(module.named_parameters())
-    lacking = [name for name in missing if name in parameters and name not in left]
+    lacking = [
+        name
+        for name in missing
+        if name in parameters and name not in left and not name.endswith(MADE_BY_LAYERS)
+    ]
     lacking += [name for name in elsewhere if name not in left]
     if lacking:
         raise InvalidInput(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 import torch
 from torch import nn
 
-from worker.models.plans.comfyui import PLANS
+from worker.models.plans.comfyui import PLANS, TEXT_FIRST
 from worker.parallel import seam
 from worker.parallel.attention import WithLogSumExp
 from worker.parallel.mesh import Mesh
@@ -16,8 +17,9 @@ from worker.parallel.plan import Plan, PlanMismatch, Region
 from worker.parallel.tokens import SpreadTokens
 from worker.transformer.control import Residuals
 
-# What ComfyUI's modules call for attention; each has its own name for the one that was chosen.
+# What modules of ComfyUI call for attention; each has its own name for the one that was chosen.
 ATTENTION = ("optimized_attention", "optimized_attention_masked")
+JOINED = "cat((txt, img), 1)"  # in the forward of a class whose versions differ in it
 
 
 def plan_of(module: nn.Module) -> Plan:
@@ -25,6 +27,9 @@ def plan_of(module: nn.Module) -> Plan:
     name = type(module).__name__
     if name not in PLANS:
         raise PlanMismatch(f"comfy_xdit has no plan for ComfyUI's {name}")
+    other = PLANS.get(f"{name}, {TEXT_FIRST}")
+    if other is not None and JOINED in inspect.getsource(type(module).forward_orig):
+        return other
     return PLANS[name]
 
 

@@ -9,6 +9,8 @@ from worker.parallel.plan import Attend, Blocks, Carrier, Count, Frames, Grid, P
 
 IMAGE, TEXT = Tokens("image"), Tokens("text")
 OPTIONS = "transformer_options"
+# LTX's cosines and sines, for all heads or for each; from 0.33 on matrices that turn.
+ROTARY = {3: 1, 4: 2, 6: 1}
 
 
 def _same(names: str) -> frozenset[str]:
@@ -87,8 +89,12 @@ QWEN = Plan(
                 )
             },
             {"transformer_blocks.*.attn": Attend("text image")},
-            {"image_rotary_emb": Tokens("text image", (2, 1)), "timestep_zero_index": Count("image")},
-            _same("encoder_hidden_states_mask temb"),
+            {
+                "image_rotary_emb": Tokens("text image", (2, 1)),
+                "timestep_zero_index": Count("image"),
+                "encoder_hidden_states_mask": Tokens("text", ndim=2, masks_keys=True),
+            },
+            _same("temb"),
             "image",
             "norm_out",
             control={"input": ("transformer_blocks", "image")},
@@ -146,7 +152,7 @@ MOCHI = Region(
 )
 LTXV = _one(
     "transformer_blocks", "x", "attn1", "context attention_mask prompt_timestep self_attention_mask",
-    {"timestep": IMAGE, "pe": Tokens("image", -2)},
+    {"timestep": IMAGE, "pe": Tokens("image", ROTARY)},
 )  # fmt: skip
 
 
@@ -154,7 +160,7 @@ def _ltxav() -> Region:
     video, audio = Tokens("video"), Tokens("audio")
     names = ("timestep", "cross_scale_shift_timestep", "cross_gate_timestep")
     tables = {f"{s[0]}_{name}": Tokens(s) for s in ("video", "audio") for name in names}
-    tables |= {f"{s[0]}_{name}": Tokens(s, -2) for s in ("video", "audio") for name in ("pe", "cross_pe")}
+    tables |= {f"{s[0]}_{name}": Tokens(s, ROTARY) for s in ("video", "audio") for name in ("pe", "cross_pe")}
     attention = {
         "attn1": Attend("video"),
         "audio_attn1": Attend("audio"),
@@ -242,8 +248,9 @@ FLUX, RADIANCE = (
     _flux("text image", ""),
 )  # a head that is no layer of tokens
 # It drops the tokens of a reference before its last layer.
-HUNYUAN_VIDEO = _flux("image text", "")
+HUNYUAN_VIDEO, HUNYUAN_VIDEO_TEXT_FIRST = _flux("image text", ""), _flux("text image", "")
 
+TEXT_FIRST = "text first"  # behind the name of a class: of the versions that join its streams so
 PLANS: dict[str, Plan] = {
     "AnimateWanModel": _wan("face_adapter.fuser_blocks.*"),
     "AsymmDiTJoint": Plan((MOCHI,)),
@@ -259,6 +266,7 @@ PLANS: dict[str, Plan] = {
     "HunYuanDiTPlain": Plan((HUNYUAN3D21,)),
     "Hunyuan3Dv2": FLUX,
     "HunyuanVideo": HUNYUAN_VIDEO,
+    f"HunyuanVideo, {TEXT_FIRST}": HUNYUAN_VIDEO_TEXT_FIRST,
     "Kandinsky5": Plan((KANDINSKY5,)),
     "LTXAVModel": Plan((_ltxav(),)),
     "LTXVModel": Plan((LTXV,)),
