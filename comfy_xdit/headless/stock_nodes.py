@@ -147,7 +147,8 @@ class KSampler:
 
     def sample(self, model: RemoteModel, **inputs: Any) -> tuple[Latent]:
         """Have the ranks run the loop."""
-        return (sample(HEADLESS, model, **inputs),)
+        latent, _ = sample(HEADLESS, model, **inputs)  # nothing is special of what runs here
+        return (latent,)
 
 
 class LoraLoaderModelOnly:
