@@ -107,6 +107,27 @@ def test_an_argument_that_the_plan_does_not_know_is_an_error():
     SpreadTokens(model, plan("table"), Mesh())
 
 
+@pytest.mark.parametrize(("added", "kept"), [(False, torch.bool), (True, torch.float32)])
+def test_a_mask_of_numbers_is_what_its_plan_says(added: bool, kept: torch.dtype):
+    """1.0 and 0.0 say which keys count, unless the plan says that they are added to the scores."""
+
+    class Masked(Block):
+        def forward(self, x, mask):
+            return x
+
+    class MaskedModel(Model):
+        def forward(self, x, mask):
+            return self.blocks[0](x, mask)
+
+    model = MaskedModel()
+    model.blocks[0] = Masked()
+    tables = {"mask": Tokens("image", masks_keys=True, added=added)}
+    region = Region({"blocks": Blocks({"x": Tokens("image")}, ("image",))}, {}, tables)
+    spread = SpreadTokens(model, Plan((region,)), Mesh())
+    model(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0, 0.0]]))
+    assert spread.exchange.masks["image"].dtype == kept
+
+
 def test_a_name_that_the_model_lacks_is_an_error():
     region = Region({"layers": Blocks({"x": Tokens("image")}, ("image",))})
     with pytest.raises(PlanMismatch, match="has no layers"):

@@ -192,9 +192,9 @@ class ModuleAttention:
                 f"a mask over {mask.shape[-1]} keys where there are {sum(part.length for part in keys)} "
                 f"({streams})"
             )
-        added = next((given for given in masks.values() if given.is_floating_point()), None)
+        given = next(iter(masks.values()))
         # Of a stream without a mask every key counts.
-        every = key.new_ones(1, 1, dtype=torch.bool) if added is None else added.new_zeros(1, 1)
+        every = torch.ones_like(given[:1, :1]) if given.dtype == torch.bool else given.new_zeros(1, 1)
         whole = [
             (masks[name] if name in masks else every.expand(1, part.length)).expand(len(key), -1)
             for name, part in zip(names, keys, strict=True)

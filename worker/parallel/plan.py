@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from comfy_xdit.protocol.errors import InvalidInput
+
 WHOLE = "*"
 
 
@@ -25,14 +27,15 @@ class Tokens:
             and stays whole, like a tensor without tokens.
         ndim: a tensor with another number of dimensions has no tokens.
         masks_keys: a key mask (B, tokens) from which the model makes the mask of an attention of its own
-            tokens only; the seam makes that mask of the whole again. One of floating point is added to the
-            scores, any other says which keys count.
+            tokens only; the seam makes that mask of the whole again. It says which keys count (not 0),
+            whatever its dtype; or it is `added` to the scores.
     """
 
     streams: str
     dim: int | tuple[int, ...] | Mapping[int, int] = 1
     ndim: int | None = None
     masks_keys: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class Plan:
     skips: Callable[[int, int], int | None] | None = None
 
 
-class PlanMismatch(Exception):
+class PlanMismatch(InvalidInput):
     """The model is not the one its plan was written for, or brings what cannot be split."""
 
 

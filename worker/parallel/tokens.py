@@ -217,7 +217,7 @@ class SpreadTokens:
 
     def _table(self, name: str, carrier: Carrier, value: Any) -> Any:
         if getattr(carrier, "masks_keys", False):
-            self.exchange.masks[carrier.streams] = value if value.is_floating_point() else value.bool()
+            self.exchange.masks[carrier.streams] = value if carrier.added else value.bool()
         key = (name, id(value))
         if key not in self._once:  # kept with the whole, so that its id stays its own
             self._once[key] = (value, self.parts.take(carrier, value))

@@ -92,7 +92,7 @@ QWEN = Plan(
             {
                 "image_rotary_emb": Tokens("text image", (2, 1)),
                 "timestep_zero_index": Count("image"),
-                "encoder_hidden_states_mask": Tokens("text", ndim=2, masks_keys=True),
+                "encoder_hidden_states_mask": Tokens("text", ndim=2, masks_keys=True, added=True),
             },
             _same("temb"),
             "image",
