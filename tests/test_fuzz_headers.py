@@ -194,7 +194,7 @@ def readers(tiny_models: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
         model = next(m for m in tiny_models.values() if m.family.name == family.name)
         shapes = {n: t.shape for n, t in read_header(model.file).items()}
         config = family.config(shapes)
-        loras = LoraFiles(family, config, shapes)
+        loras = LoraFiles.of(family, config, shapes)
         written, _ = lora_files.write(model, lora_files.NAMINGS["comfyui"], seed=1)
         add(f"lora {family.name}", lambda path, f=loras: f.check(LoraFile.of(path)), written)
         adapters = IPAdapters(family, config, torch.float32, torch.device("cpu"))
