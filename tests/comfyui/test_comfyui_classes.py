@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from comfy_xdit.ranks.environment import rank_threads
 from tests.comfyui.inputs import layout, relative_l2
 from tests.comfyui.tiny_classes import write
-from worker.models.comfyui.cases import CASES, Draw
+from worker.models.comfyui.cases import CASES
+from worker.models.comfyui.draw import Draw
 
 LAYOUTS = {
     "CFG 2": {"cfg_parallel_degree": 2},

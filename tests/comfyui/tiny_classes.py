@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfyui.inputs import SHIM
-from worker.models.comfyui.cases import CASES, Case
+from worker.models.comfyui.cases import CASES
+from worker.models.comfyui.draw import Case
 
 # Of no class's file, but of the checkpoint around it: only the checkpoint loader reads it.
 IN_CHECKPOINTS_ONLY = {"stable audio": "the stock UNETLoader lacks the file's conditioner and fails"}

@@ -5,70 +5,24 @@ Latents have odd numbers of tokens, and prompts too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from worker.models.comfyui import tiny
-from worker.models.comfyui.tiny import CHANNELS, POOLED, TEXT, Size
-
-PROMPT = 11  # tokens
-STILL, VIDEO = (10, 14), (3, 10, 14)  # 35 and 105 tokens in patches of 2
-SMALL, SMALL_VIDEO = (5, 7), (3, 5, 7)  # as many in patches of 1
-FLOW, THOUSANDS = 0.5, 500.0  # a timestep
-
-
-class Draw:
-    """Random arguments for a call of `batch` rows."""
-
-    def __init__(self, batch: int, seed: int = 1):
-        self.batch, self._generator = batch, torch.Generator().manual_seed(seed)
-
-    def __call__(self, *shape: int) -> torch.Tensor:
-        """(B, *shape)."""
-        return torch.randn(self.batch, *shape, generator=self._generator)
-
-    def time(self, value: float = FLOW) -> torch.Tensor:
-        """(B,), all the same."""
-        return torch.full((self.batch,), value)
-
-    def prompt(self, width: int = TEXT, tokens: int = PROMPT) -> torch.Tensor:
-        """(B, tokens, width)."""
-        return self(tokens, width)
-
-    def mask(self) -> torch.Tensor:
-        """(B, tokens): the last two of a prompt do not count."""
-        mask = torch.ones(self.batch, PROMPT, dtype=torch.int64)
-        mask[:, -2:] = 0
-        return mask
-
-    def residuals(self, inputs: int, outputs: int, tokens: int = 35, width: int = 64) -> dict[str, Any]:
-        """What ControlNets add after so many blocks of each kind."""
-        return {
-            "input": [self(tokens, width) for _ in range(inputs)],
-            "output": [self(tokens, width) for _ in range(outputs)],
-        }
-
-
-Call = Callable[[Draw], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A class of `module` (in comfy.ldm), a size of it, and a call.
-
-    Args:
-        batches: rows that the class itself takes.
-    """
-
-    module: str
-    name: str
-    size: Size
-    call: Call
-    batches: tuple[int, ...] = (1, 2, 3)
+from worker.models.comfyui import cases_image, cases_other, cases_video, tiny
+from worker.models.comfyui.draw import (
+    FLOW,
+    PROMPT,
+    SMALL,
+    SMALL_VIDEO,
+    STILL,
+    THOUSANDS,
+    VIDEO,
+    Case,
+    Draw,
+)
+from worker.models.comfyui.tiny import CHANNELS, POOLED, TEXT
 
 
 def _flux(d: Draw, **more: Any) -> Any:
@@ -316,4 +270,7 @@ CASES: dict[str, Case] = {
     "hunyuan3d 2": Case("hunyuan3d.model", "Hunyuan3Dv2", tiny.HUNYUAN3D2, _hunyuan3d),
     "hunyuan3d 2.1": Case(*_DIT3D, tiny.HUNYUAN3D21, _hunyuan3d, batches=(2,)),
     "stable audio": Case("audio.dit", "AudioDiffusionTransformer", tiny.STABLE_AUDIO, _stable_audio),
+    **cases_image.CASES,
+    **cases_video.CASES,
+    **cases_other.CASES,
 }

@@ -16,7 +16,8 @@ import comfy.ops
 import torch
 from torch import nn
 
-from worker.models.comfyui.cases import CASES, Case, Draw
+from worker.models.comfyui.cases import CASES
+from worker.models.comfyui.draw import Case, Draw
 from worker.models.comfyui.spreading import Spread
 from worker.models.comfyui.tiny import Size
 from worker.parallel.mesh import Mesh

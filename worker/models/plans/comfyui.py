@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from worker.models.plans import comfyui_image, comfyui_other, comfyui_video
 from worker.parallel.plan import Attend, Blocks, Carrier, Count, Frames, Grid, Plan, Region, Spans, Tokens
 
 IMAGE, TEXT = Tokens("image"), Tokens("text")
@@ -280,4 +281,7 @@ PLANS: dict[str, Plan] = {
     "VaceWanModel": _wan(vace_blocks=_VACE),
     "WanModel": _wan(),
     "WanModel_S2V": _wan("audio_injector"),
+    **comfyui_image.PLANS,
+    **comfyui_video.PLANS,
+    **comfyui_other.PLANS,
 }

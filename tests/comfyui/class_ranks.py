@@ -1,0 +1,143 @@
+"""One of four ranks that compare every case of ComfyUI's classes over ranks with itself on one.
+
+Usage: python -m tests.comfyui.class_ranks [--cases NAME ...], with COMFYUI_DIR set and tests/comfyui/shim on
+PYTHONPATH; it starts its ranks itself. Prints JSON: by case and layout the worst relative L2 of a call, or
+why there is none; "deaf" is that of a call in which ranks leave out each other's keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from comfy_xdit.protocol.spec import HostComfyUI
+from tests.plan_ranks import WORLD, error, meshes
+from worker.models.comfyui.cases import CASES
+from worker.models.comfyui.draw import Case, Draw
+from worker.models.comfyui.installation import import_comfyui
+from worker.parallel.mesh import Mesh
+from worker.parallel.plan import PlanMismatch
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+LAYOUTS = ("ulysses 2", "ring 2", "ulysses 2 x ring 2")
+ABSENT = "not in this ComfyUI"
+# What a class raises where something does not fit it: on all ranks alike, or the others wait until SECONDS.
+FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+SECONDS = 900
+Numbers = dict[str, float | str]
+
+
+def measured(names: list[str] | None = None) -> dict[str, Numbers]:
+    """Numbers of every case, or of some, from ranks that it starts and ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-W", "ignore", "-m", __spec__.name if __spec__ else __name__]
+        which = ["--cases", *names] if names else []
+        ranks = [
+            subprocess.Popen(
+                [*command, "--rank", str(rank), "--meeting", f"{folder}/store", *which],
+                cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(WORLD)
+        ]  # fmt: skip
+        try:
+            outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+    said = "\n".join(output[1][-1500:] for output in outputs)
+    assert [rank.returncode for rank in ranks] == [0] * WORLD, said
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def call(model: Any, case: Case, batch: int, spread: Any = None) -> list[torch.Tensor]:
+    """One call of the whole model."""
+    args, kwargs = case.call(Draw(batch))
+    if spread is not None and "control" in kwargs:
+        kwargs["control"] = spread.residuals(kwargs["control"])
+    # What samplers put there, and classes read.
+    options = {"sigmas": torch.tensor([0.5]), "sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
+    out = model(*args, **kwargs, transformer_options=options)
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+def compared(model: Any, case: Case, mesh: Mesh, deaf: bool = False) -> float | str:
+    """How far a model over ranks is off, at the worst of its batches."""
+    from worker.models.comfyui.spreading import Spread
+
+    batches = case.batches[:1] if deaf else case.batches
+    wanted = [call(model, case, batch) for batch in batches]
+    try:
+        spread = Spread(model, mesh, deaf=deaf)
+    except PlanMismatch as why:
+        return str(why)
+    try:
+        got = [call(model, case, batch, spread) for batch in batches]
+    except (PlanMismatch, *FAILURES) as why:
+        return f"{type(why).__name__}: {why}"
+    finally:
+        spread.close()
+    return max(error(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def measure(names: list[str], rank: int) -> dict[str, Numbers]:
+    """Of every case on the meshes of this rank; each pair has every second one."""
+    from worker.models.comfyui.proof import tiny_model
+
+    found: dict[str, Numbers] = {}
+    every = meshes(rank)
+    for number, name in enumerate(names):
+        try:
+            model, _ = tiny_model(CASES[name], CPU)
+        except (ImportError, AttributeError, TypeError):
+            found[name] = dict.fromkeys((*LAYOUTS, "deaf"), ABSENT)
+            continue
+        found[name] = {}
+        for layout in LAYOUTS:
+            if every[layout].ranks == WORLD or number % 2 == rank // 2:
+                found[name][layout] = compared(model, CASES[name], every[layout])
+        if number % 2 == rank // 2:
+            found[name]["deaf"] = compared(model, CASES[name], every["ulysses 2"], deaf=True)
+    return found
+
+
+def main() -> None:
+    """A rank, or what starts them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--meeting")
+    arguments = parser.parse_args()
+    if arguments.rank is None:
+        print(json.dumps(measured(arguments.cases), indent=1))
+        return
+    torch.set_num_threads(1)
+    sys.path.append(os.path.realpath(os.environ["COMFYUI_DIR"]))
+    version = importlib.import_module("comfyui_version").__version__
+    import_comfyui(HostComfyUI(sys.path[-1], version), CPU)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{arguments.meeting}", rank=arguments.rank, world_size=WORLD
+    )
+    with torch.inference_mode():
+        found = measure(arguments.cases, arguments.rank)
+    every: list[Any] = [None] * WORLD
+    dist.all_gather_object(every, found)
+    if arguments.rank == 0:
+        print(json.dumps({name: every[0][name] | every[2][name] for name in found}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Plans of ComfyUI's classes that draw videos and came after 0.8.0."""
+
+from __future__ import annotations
+
+from worker.parallel.plan import Plan
+
+PLANS: dict[str, Plan] = {}
