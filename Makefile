@@ -41,7 +41,8 @@ bench: $(VENV)/.ready
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
 # One environment per checkout: each wants its own front end.
 test-comfyui: $(COMFYUI_VENV)/.ready
-	COMFYUI_DIR="$(COMFYUI_DIR)" $(COMFYUI_VENV)/bin/python -m pytest tests/comfyui
+	COMFYUI_DIR="$(COMFYUI_DIR)" XDIT_FAMILIES_PAGE="$(CURDIR)/docs/comfyui-families.md" \
+		$(COMFYUI_VENV)/bin/python -m pytest tests/comfyui
 
 # The constraint file pins torch, so that no dependency pulls another build of it.
 $(VENV)/.ready: pyproject.toml requirements.txt constraints.txt

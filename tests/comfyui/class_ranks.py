@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from comfy_xdit.protocol.spec import HostComfyUI
+from tests.comfyui.families_table import ABSENT
 from tests.plan_ranks import WORLD, error, meshes
 from worker.models.comfyui.cases import CASES
 from worker.models.comfyui.draw import Case, Draw
@@ -31,10 +32,10 @@ from worker.parallel.plan import PlanMismatch
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LAYOUTS = ("ulysses 2", "ring 2", "ulysses 2 x ring 2")
-ABSENT = "not in this ComfyUI"
 # What a class raises where something does not fit it: on all ranks alike, or the others wait until SECONDS.
 FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 SECONDS = 900
+BATCHES = (1, 2)
 Numbers = dict[str, float | str]
 
 
@@ -73,23 +74,23 @@ def call(model: Any, case: Case, batch: int, spread: Any = None) -> list[torch.T
     return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
-def compared(model: Any, case: Case, mesh: Mesh, deaf: bool = False) -> float | str:
-    """How far a model over ranks is off, at the worst of its batches."""
+def compared(
+    model: Any, case: Case, wanted: dict[int, list[torch.Tensor]], mesh: Mesh, deaf: bool = False
+) -> float | str:
+    """How far a model over ranks is off `wanted` of one, by batch: at the worst of them."""
     from worker.models.comfyui.spreading import Spread
 
-    batches = case.batches[:1] if deaf else case.batches
-    wanted = [call(model, case, batch) for batch in batches]
     try:
         spread = Spread(model, mesh, deaf=deaf)
     except PlanMismatch as why:
         return str(why)
     try:
-        got = [call(model, case, batch, spread) for batch in batches]
+        got = {batch: call(model, case, batch, spread) for batch in wanted}
     except (PlanMismatch, *FAILURES) as why:
         return f"{type(why).__name__}: {why}"
     finally:
         spread.close()
-    return max(error(g, w) for g, w in zip(got, wanted, strict=True))
+    return max(error(got[batch], wanted[batch]) for batch in wanted)
 
 
 def measure(names: list[str], rank: int) -> dict[str, Numbers]:
@@ -99,17 +100,18 @@ def measure(names: list[str], rank: int) -> dict[str, Numbers]:
     found: dict[str, Numbers] = {}
     every = meshes(rank)
     for number, name in enumerate(names):
+        case = CASES[name]
         try:
-            model, _ = tiny_model(CASES[name], CPU)
+            model, _ = tiny_model(case, CPU)
         except (ImportError, AttributeError, TypeError):
             found[name] = dict.fromkeys((*LAYOUTS, "deaf"), ABSENT)
             continue
-        found[name] = {}
-        for layout in LAYOUTS:
-            if every[layout].ranks == WORLD or number % 2 == rank // 2:
-                found[name][layout] = compared(model, CASES[name], every[layout])
+        wanted = {batch: call(model, case, batch) for batch in case.batches if batch in BATCHES}
+        mine = [layout for layout in LAYOUTS if every[layout].ranks == WORLD or number % 2 == rank // 2]
+        found[name] = {layout: compared(model, case, wanted, every[layout]) for layout in mine}
         if number % 2 == rank // 2:
-            found[name]["deaf"] = compared(model, CASES[name], every["ulysses 2"], deaf=True)
+            one = dict([next(iter(wanted.items()))])
+            found[name]["deaf"] = compared(model, case, one, every["ulysses 2"], deaf=True)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.models.plans.comfyui import PLANS, TEXT_FIRST
+from worker.models.plans.comfyui import PLANS, REASONS, TEXT_FIRST
 from worker.parallel import seam
 from worker.parallel.attention import WithLogSumExp
 from worker.parallel.mesh import Mesh
@@ -26,7 +26,8 @@ def plan_of(module: nn.Module) -> Plan:
     """The plan of its class. Raises PlanMismatch where there is none."""
     name = type(module).__name__
     if name not in PLANS:
-        raise PlanMismatch(f"comfy_xdit has no plan for ComfyUI's {name}")
+        why = REASONS.get(name, f"comfy_xdit has no plan for ComfyUI's {name}")
+        raise PlanMismatch(why)
     other = PLANS.get(f"{name}, {TEXT_FIRST}")
     if other is not None and JOINED in inspect.getsource(type(module).forward_orig):
         return other

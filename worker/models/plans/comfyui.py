@@ -285,3 +285,5 @@ PLANS: dict[str, Plan] = {
     **comfyui_video.PLANS,
     **comfyui_other.PLANS,
 }
+# Why Ulysses and Ring do not spread a class, where that is not for want of a plan.
+REASONS: dict[str, str] = {**comfyui_image.REASONS, **comfyui_video.REASONS, **comfyui_other.REASONS}

@@ -5,3 +5,4 @@ from __future__ import annotations
 from worker.parallel.plan import Plan
 
 PLANS: dict[str, Plan] = {}
+REASONS: dict[str, str] = {}  # class -> why it has none
