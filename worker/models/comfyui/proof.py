@@ -53,7 +53,9 @@ def tiny_model(case: Case, device: torch.device) -> tuple[nn.Module, Size]:
     model = made(**size, device=device, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not key.endswith(("freqs", "inv_freq")):
+        if key.endswith("inv_freq"):  # of a file, as some are: not filled by the class, and not random
+            tensor.copy_(1e4 ** -torch.linspace(0, 1, tensor.numel()).view_as(tensor))
+        elif tensor.is_floating_point() and not key.endswith("freqs"):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.08)
     return model.eval().requires_grad_(False), {k: v for k, v in size.items() if k != "image_model"}
 
