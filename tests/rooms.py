@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SIDES = {"host": "comfy_xdit", "ranks": "worker"}
-VOCABULARY = "protocol"  # what both processes share: there for every room, so counted apart
+# Counted apart, as every room may use it and it uses none: what both processes share, and weights on disk.
+VOCABULARY = {"comfy_xdit": "protocol", "worker": "checkpoints"}
 Arrow = tuple[str, str]  # importing module, imported module
 
 
@@ -52,6 +53,22 @@ def between(all_arrows: Iterable[Arrow]) -> set[Arrow]:
     return {(a, b) for a, b in all_arrows if room(a) != room(b) and room(a) and room(b)}
 
 
+def of_folders(all_arrows: Iterable[Arrow], root: Path = ROOT) -> set[Arrow]:
+    """Those from a first-level folder to a first-level folder."""
+    return {arrow for arrow in all_arrows if all((root / _path(one)).is_dir() for one in arrow)}
+
+
+def _path(module: str) -> Path:
+    """Of its room."""
+    return Path(*module.split(".")[:2])
+
+
+def doors(package: str, root: Path = ROOT) -> set[str]:
+    """The rooms whose own file says what others use of them (`__all__`)."""
+    files = (root / package).glob("*/__init__.py")
+    return {f"{package}.{file.parent.name}" for file in files if "__all__ = " in file.read_text()}
+
+
 def circle(all_arrows: Iterable[tuple[str, str]]) -> list[str]:
     """One that the arrows make, from its first name round to the same; empty if there is none."""
     waits: dict[str, set[str]] = {}
@@ -66,12 +83,12 @@ def circle(all_arrows: Iterable[tuple[str, str]]) -> list[str]:
 
 def counts(package: str) -> str:
     """In words: how many imports cross, and between which rooms."""
-    crossing = between(arrows(package))
+    crossing, vocabulary = between(arrows(package)), VOCABULARY[package]
     pairs = Counter((room(a), room(b)) for a, b in crossing)
-    own = sum(n for (_, b), n in pairs.items() if b != VOCABULARY)
+    own = {(a, b) for a, b in crossing if room(b) != vocabulary}
     lines = [
-        f"{package}: {own} imports between rooms, and {len(crossing) - own} of {VOCABULARY}; "
-        f"{len(pairs)} pairs of rooms"
+        f"{package}: {len(own)} imports between rooms, {len(of_folders(own))} of them between folders; and "
+        f"{len(crossing) - len(own)} of {vocabulary}; {len(pairs)} pairs of rooms"
     ]
     return "\n".join(lines + [f"  {a} -> {b}: {n}" for (a, b), n in sorted(pairs.items())])
 

@@ -42,7 +42,7 @@ def _engine(end: Rank, invitation: Invitation) -> None:
     # Imported here: a missing package is then a Failure on the node instead of a silent end.
     from worker.engine import Engine
     from worker.loop import serve
-    from worker.parallel.groups import Degrees, RankGroups
+    from worker.parallel import Degrees, RankGroups
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     groups = RankGroups(end, Degrees.of(ParallelConfig(**invitation.degrees)), device)

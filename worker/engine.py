@@ -32,16 +32,21 @@ from comfy_xdit.protocol.messages import (
 )
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.loop import Run
-from worker.models.comfyui import open_transformer
-from worker.parallel.groups import Degrees, RankGroups
-from worker.patches.weights import PatchStore
+from worker.parallel import Degrees, RankGroups
+from worker.patches import PatchStore
 from worker.sampling.loops import sample
 from worker.store import ModelStore
 from worker.text.encoders import TextEncoders
-from worker.transformer.batch import Batch, Pictures
-from worker.transformer.controlnets import FittedControlNet, NetCall, NetSpec
-from worker.transformer.interface import Latents, LoadedTransformer
-from worker.transformer.transformer import Transformer
+from worker.transformer import (
+    Batch,
+    FittedControlNet,
+    Latents,
+    LoadedTransformer,
+    NetCall,
+    NetSpec,
+    Pictures,
+    open_transformer,
+)
 from worker.vae.vae import VAE
 
 KINDS = ("transformer", "text_encoders", "vae")  # of a ModelSpec
@@ -244,10 +249,8 @@ class Engine:
         if spec.kind not in KINDS:
             raise InvalidInput(f"{spec.kind!r} is nothing a rank loads; it loads {', '.join(KINDS)}.")
         spec.check()  # another file under the name would draw another picture
-        if spec.kind == "transformer" and spec.comfyui is not None:
-            return open_transformer(spec, self._groups, degrees)
         if spec.kind == "transformer":
-            return Transformer(spec, self._groups, degrees)
+            return open_transformer(spec, self._groups, degrees)
         if spec.kind == "text_encoders":
             return TextEncoders(spec, self._groups.device)
         return VAE(spec, self._groups)

@@ -26,7 +26,7 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
     """Have the ranks do what the twin's transformer is asked for.
 
     The innermost method is replaced, so that ComfyUI's wrappers around it stay. The ranks call the same one
-    (worker/models/comfyui/transformer.py).
+    (worker/transformer/comfyui.py).
     """
     transformer = twin.diffusion_model
     of_class = type(transformer).__name__  # a closure on the twin would be a cycle, and it outlive its MODELs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, HostComfyUI, IPAdapterFile, LoraFile, ModelSpec
+
+# What ControlNets add: for each place in the transformer a tensor (B or 1, tokens, width) or None per block.
+Residuals = Mapping[str, list[torch.Tensor | None]]
 
 # ------------------------------------------------------------------ host -> ranks
 
@@ -154,7 +158,7 @@ class Denoise:
     timestep: Any
     conditions: dict[str, Any]
     forget: tuple[int, ...] = ()
-    control: dict[str, list[torch.Tensor | None]] | None = None
+    control: Residuals | None = None
     patches: PatchSet = NO_PATCHES
     nets: tuple[AppliedControlNet, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()

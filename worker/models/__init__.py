@@ -1,10 +1,28 @@
-"""The families of diffusion transformers: one file and one line each."""
+"""The families of diffusion transformers: one file and one line each.
+
+What other rooms use of it is here; what needs ComfyUI, in `worker.models.comfyui`.
+"""
 
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Shapes
-from worker.models.base import ModelFamily
+from worker.models.base import PATCH, ModelFamily, to_whole_patches
+from worker.models.controlnet import CONTROLNETS, ControlNetFamily
 from worker.models.flux.family import Flux
+from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
 from worker.models.sd3.family import SD3
+
+__all__ = [
+    "CONTROLNETS",
+    "FAMILIES",
+    "IMAGE_OUTPUTS",
+    "PATCH",
+    "Acting",
+    "ControlNetFamily",
+    "IPAdapter",
+    "ModelFamily",
+    "detect",
+    "to_whole_patches",
+]
 
 FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux())
 

@@ -14,7 +14,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import Sampling
 from worker.checkpoints import Shapes, Source
 from worker.models.ip_adapter import IPAdapter
-from worker.parallel.plan import Plan
+from worker.parallel import Plan
 
 MAX_BLOCKS = 200  # of one kind; the largest published models have some sixty
 PATCH = 2  # latent pixels per side of a token, of every family here

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.controlnet_files import ControlNetKind
+from comfy_xdit.protocol.messages import Residuals
 from worker.checkpoints import Shapes, Source
 from worker.models.base import Call, packed
 from worker.models.flux.family import Flux
 from worker.models.plans import diffusers as plans
 from worker.models.sd3.family import SD3
-from worker.parallel.plan import Plan
-from worker.transformer.control import Residuals
+from worker.parallel import Plan
 
 HINT_WIDTH = 16  # channels inside the layers that take a hint picture, of every published one
 Samples = list[torch.Tensor] | None
@@ -141,4 +141,4 @@ class FluxControlNets(ControlNetFamily):
         return residuals
 
 
-FAMILIES: dict[str, ControlNetFamily] = {"sd3": SD3ControlNets(), "flux": FluxControlNets()}
+CONTROLNETS: dict[str, ControlNetFamily] = {"sd3": SD3ControlNets(), "flux": FluxControlNets()}

@@ -1,1 +1,56 @@
-"""Work over ranks: groups, tokens, stages, weights."""
+"""How the ranks share a transformer's rows, tokens, blocks and weights. Knows plans, and no family.
+
+What other rooms use of it is here.
+"""
+
+from worker.parallel.attention import WithLogSumExp, scaled_dot_product_attention
+from worker.parallel.cuts import block_names
+from worker.parallel.groups import Announcement, Degrees, RankGroups, ring_kernel
+from worker.parallel.kept_keys import Patches
+from worker.parallel.mesh import Mesh
+from worker.parallel.parts import Shard
+from worker.parallel.plan import (
+    Attend,
+    Blocks,
+    Carrier,
+    Count,
+    Frames,
+    Grid,
+    Plan,
+    PlanMismatch,
+    Region,
+    Spans,
+    Tokens,
+)
+from worker.parallel.seam import catching
+from worker.parallel.sharding import ShardedWeights
+from worker.parallel.stage import Stage
+from worker.parallel.tokens import SpreadTokens
+
+__all__ = [
+    "Announcement",
+    "Attend",
+    "Blocks",
+    "Carrier",
+    "Count",
+    "Degrees",
+    "Frames",
+    "Grid",
+    "Mesh",
+    "Patches",
+    "Plan",
+    "PlanMismatch",
+    "RankGroups",
+    "Region",
+    "Shard",
+    "ShardedWeights",
+    "Spans",
+    "SpreadTokens",
+    "Stage",
+    "Tokens",
+    "WithLogSumExp",
+    "block_names",
+    "catching",
+    "ring_kernel",
+    "scaled_dot_product_attention",
+]

@@ -1,7 +1,7 @@
 """Everything xfuser 0.7.0 needs to be imported, to run on CPU ranks, and to be exact.
 
 With CUDA the CPU shims (S0-S4, S6) do nothing. The numbers name the findings in
-docs/xfuser.md. This module and parallel.py are the only ones that know xfuser.
+docs/xfuser.md. This module and groups.py are the only ones that know xfuser.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,9 +15,6 @@ from comfy_xdit.protocol.spec import LoraFile
 from worker.checkpoints import FLOATS, Checkpoint, Shapes, Source
 from worker.patches.adapters import patched
 from worker.patches.lora_names import READ, TEXT_ENCODERS, LoraNames, Place
-
-if TYPE_CHECKING:
-    from worker.models.base import ModelFamily
 
 KEPT_FILES = 32  # whose contents are remembered: names and shapes, no tensors
 # What each kind cannot do without: one of the sets.
@@ -67,6 +64,18 @@ class Contents:
     text_encoders: int
 
 
+class Names(Protocol):
+    """What a family of models says of its weights' names (worker/models/base.py)."""
+
+    name: str
+
+    def native_mapping(self, config: dict[str, Any]) -> dict[str, Source]: ...
+
+    def lora_names(self, config: dict[str, Any]) -> dict[str, Source]: ...
+
+    def mapping(self, shapes: Shapes, config: dict[str, Any]) -> dict[str, Source]: ...
+
+
 class LoraFiles:
     """Reads LoRA files for one model. The whole model counts, also where this rank has a part of it.
 
@@ -81,7 +90,7 @@ class LoraFiles:
         self._read: dict[LoraFile, Contents] = {}
 
     @classmethod
-    def of(cls, family: ModelFamily, config: dict[str, Any], shapes: Shapes) -> LoraFiles:
+    def of(cls, family: Names, config: dict[str, Any], shapes: Shapes) -> LoraFiles:
         """For a family with `config`, whose file has tensors of these shapes."""
         native = family.native_mapping(config)
         names = LoraNames(native, family.lora_names(config))

@@ -9,13 +9,11 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from worker.loop import Run
-from worker.parallel.groups import RankGroups
+from worker.parallel import RankGroups
 from worker.sampling.guidance import Guidance
 from worker.sampling.pipefusion import PipeFusion
 from worker.sampling.samplers import SAMPLERS, Sampler
-from worker.transformer.batch import Batch, Pictures, join
-from worker.transformer.controlnets import NetCall, same_nets
-from worker.transformer.transformer import Transformer
+from worker.transformer import Batch, NetCall, Pictures, Transformer, join, same_nets
 
 Conditions = dict[str, Any]
 Nets = tuple[NetCall, ...]

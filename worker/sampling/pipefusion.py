@@ -15,15 +15,12 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from worker.loop import Run
-from worker.models.base import to_whole_patches
-from worker.parallel.groups import Announcement, RankGroups
-from worker.parallel.kept_keys import Patches
-from worker.parallel.parts import Shard
+from worker.models import to_whole_patches
+from worker.parallel import Announcement, Patches, RankGroups, Shard
 from worker.sampling.guidance import Guidance
 from worker.sampling.patch_sampler import PatchSampler
 from worker.sampling.samplers import schedule
-from worker.transformer.batch import Batch
-from worker.transformer.transformer import Transformer
+from worker.transformer import Batch, Transformer
 
 Conditions = dict[str, Any]
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import LENGTHS, ImagePrompt
+from comfy_xdit.protocol.messages import LENGTHS, ImagePrompt, Residuals
 
 if TYPE_CHECKING:
     from worker.transformer.controlnets import NetCall
@@ -44,7 +44,7 @@ class Batch:
     x: torch.Tensor | list[torch.Tensor]
     timestep: torch.Tensor | tuple[torch.Tensor, ...]
     conditions: dict[str, Any]
-    control: dict[str, list[torch.Tensor | None]] | None = None
+    control: Residuals | None = None
     nets: tuple[NetCall, ...] = ()
     pictures: Pictures | None = None
 

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
-
-Residuals = Mapping[str, list[torch.Tensor | None]]
+from comfy_xdit.protocol.messages import Residuals
 
 
 class ControlResiduals:

@@ -9,24 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 
 from comfy_xdit.protocol.controlnet_files import ControlNetKind, kind_of
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import AppliedControlNet
+from comfy_xdit.protocol.messages import AppliedControlNet, Residuals
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.checkpoints import Checkpoint, Shapes, check_complete, read_json
-from worker.models.base import PATCH, to_whole_patches
-from worker.models.controlnet import FAMILIES, ControlNetFamily
-from worker.parallel.groups import RankGroups, ring_kernel
-from worker.parallel.tokens import SpreadTokens
-from worker.transformer.control import Residuals
-
-if TYPE_CHECKING:
-    from worker.transformer.transformer import Transformer
+from worker.models import CONTROLNETS, PATCH, ControlNetFamily, ModelFamily, to_whole_patches
+from worker.parallel import RankGroups, SpreadTokens, ring_kernel
 
 PIXELS_PER_LATENT = 8
 HINT_CONDITIONS = ("context", "y", "guidance")  # what a ControlNet reads of a call's conditions
@@ -52,6 +47,15 @@ class NetSpec:
         return self.net.path
 
 
+class Model(Protocol):
+    """What a ControlNet asks of the transformer that it is to fit."""
+
+    family: ModelFamily
+    config: dict[str, Any]
+    module: nn.Module
+    dtype: torch.dtype
+
+
 class FittedControlNet:
     """A ControlNet on this rank's device, beside a transformer.
 
@@ -59,7 +63,7 @@ class FittedControlNet:
         InvalidInput: no ControlNet that the ranks run, incomplete, or made for another model.
     """
 
-    def __init__(self, spec: ControlNet, transformer: Transformer, groups: RankGroups):
+    def __init__(self, spec: ControlNet, transformer: Model, groups: RankGroups):
         self.name, self._groups, self.dtype = spec.name, groups, transformer.dtype
         self._family = transformer.family
         if groups.degrees.stages > 1:
@@ -78,7 +82,7 @@ class FittedControlNet:
                 f"{self.name} is a ControlNet for {self.kind.family}, the MODEL is "
                 f"{transformer.family.name}; choose a ControlNet for {transformer.family.name}."
             )
-        self._rules: ControlNetFamily = FAMILIES[self.kind.family]
+        self._rules: ControlNetFamily = CONTROLNETS[self.kind.family]
         self.config = _config(self._rules, shapes, self.kind, path, self.name)
         _check_fit(self.name, self.config, transformer.config, groups)
         with init_empty_weights():

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
-from worker.patches.lora_files import LoraFiles
-from worker.patches.weights import PatchStore
+from comfy_xdit.protocol.messages import Residuals
+from worker.patches import LoraFiles, PatchStore
 from worker.transformer.batch import Batch
-from worker.transformer.control import Residuals
 from worker.transformer.controlnets import NetCall
 
 # One latent, or several at once (a video's picture and sound).

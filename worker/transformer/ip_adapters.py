@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -15,14 +15,9 @@ from torch import nn
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import IPAdapterFile
 from worker.checkpoints import Checkpoint, Source, check_dtype
-from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
-from worker.parallel.attention import scaled_dot_product_attention
-from worker.parallel.plan import Attend
-from worker.parallel.tokens import SpreadTokens
+from worker.models import IMAGE_OUTPUTS, Acting, IPAdapter, ModelFamily
+from worker.parallel import Attend, SpreadTokens, scaled_dot_product_attention
 from worker.transformer.batch import Pictures
-
-if TYPE_CHECKING:
-    from worker.models.base import ModelFamily
 
 FORMATS = (
     "XLabs' for FLUX.1 (double_blocks.0.processor.ip_adapter_...), InstantX' for SD3 (image_proj.latents)"

@@ -10,20 +10,23 @@ import torch
 from accelerate import init_empty_weights
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Residuals
 from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint, check_complete, not_finite, read_json
-from worker.models import detect
-from worker.models.base import PATCH, ModelFamily, to_whole_patches
-from worker.parallel.cuts import block_names
-from worker.parallel.groups import Degrees, RankGroups, ring_kernel
-from worker.parallel.mesh import Mesh
-from worker.parallel.sharding import ShardedWeights
-from worker.parallel.stage import Stage
-from worker.parallel.tokens import SpreadTokens
-from worker.patches.lora_files import LoraFiles
-from worker.patches.weights import PatchedWeights, PatchStore
+from worker.models import PATCH, ModelFamily, detect, to_whole_patches
+from worker.parallel import (
+    Degrees,
+    Mesh,
+    RankGroups,
+    ShardedWeights,
+    SpreadTokens,
+    Stage,
+    block_names,
+    ring_kernel,
+)
+from worker.patches import LoraFiles, PatchedWeights, PatchStore
 from worker.transformer.batch import LENGTHS, Batch, check_lengths
-from worker.transformer.control import ControlResiduals, Residuals, check_residuals
+from worker.transformer.control import ControlResiduals, check_residuals
 from worker.transformer.controlnets import NetCall, summed
 from worker.transformer.ip_adapters import IPAdapters
 

@@ -14,7 +14,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import check_dtype, not_finite
 from worker.loop import Run
-from worker.parallel.groups import RankGroups
+from worker.parallel import RankGroups
 from worker.store import give_back
 from worker.vae.autoencoders import AUTOENCODERS, diffusers_class
 from worker.vae.files import ASIDE, StoredVAE, find

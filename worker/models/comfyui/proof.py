@@ -20,8 +20,7 @@ from worker.models.comfyui.cases import CASES
 from worker.models.comfyui.draw import Case, Draw
 from worker.models.comfyui.spreading import Spread
 from worker.models.comfyui.tiny import Size
-from worker.parallel.mesh import Mesh
-from worker.parallel.plan import PlanMismatch
+from worker.parallel import Mesh, PlanMismatch
 
 SAME, OTHER = 1e-5, 1e-4  # relative L2: at most, and at least once ranks are deaf
 # What a class raises where something does not fit it.

@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from comfy_xdit.protocol.messages import Residuals
 from worker.models.plans.comfyui import PLANS, REASONS, TEXT_FIRST
-from worker.parallel import seam
-from worker.parallel.attention import WithLogSumExp
-from worker.parallel.mesh import Mesh
-from worker.parallel.plan import Plan, PlanMismatch, Region
-from worker.parallel.tokens import SpreadTokens
-from worker.transformer.control import Residuals
+from worker.parallel import Mesh, Plan, PlanMismatch, Region, SpreadTokens, WithLogSumExp, catching
 
 # What modules of ComfyUI call for attention; each has its own name for the one that was chosen.
 ATTENTION = ("optimized_attention", "optimized_attention_masked")
@@ -99,4 +95,4 @@ def catch_attention() -> None:
             for attention in ATTENTION:
                 original = vars(module).get(attention)
                 if callable(original) and not hasattr(original, "original"):
-                    setattr(module, attention, seam.catching(original))
+                    setattr(module, attention, catching(original))

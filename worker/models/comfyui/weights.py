@@ -15,11 +15,18 @@ from torch import nn
 from comfy_xdit.protocol.messages import Patch
 from worker.checkpoints import Source
 from worker.models.comfyui.detection import Detected, named
-from worker.parallel.sharding import ShardedWeights
-from worker.patches.adapters import patched
-from worker.patches.lora_files import LoraFiles
-from worker.patches.lora_names import WRITTEN_WITH_DOTS, WRITTEN_WITH_UNDERSCORES, LoraNames
-from worker.patches.weights import COMPUTE_DTYPE, PatchedModel, PatchStore, Weights
+from worker.parallel import ShardedWeights
+from worker.patches import (
+    COMPUTE_DTYPE,
+    WRITTEN_WITH_DOTS,
+    WRITTEN_WITH_UNDERSCORES,
+    LoraFiles,
+    LoraNames,
+    PatchedModel,
+    PatchStore,
+    Weights,
+    patched,
+)
 
 PREFIX = "diffusion_model."  # what ComfyUI calls a transformer's weights by, outside of it
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from worker.checkpoints import Shapes
 from worker.models.ip_adapter import Acting, ImageAttention, IPAdapter, heads_first
-from worker.parallel.attention import scaled_dot_product_attention
+from worker.parallel import scaled_dot_product_attention
 
 _PROJECTION = {"proj": "projection.image_embeds", "norm": "projection.norm"}
 _PARTS = {

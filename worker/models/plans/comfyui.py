@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from worker.models.plans import comfyui_image, comfyui_other, comfyui_video
-from worker.parallel.plan import Attend, Blocks, Carrier, Count, Frames, Grid, Plan, Region, Spans, Tokens
+from worker.parallel import Attend, Blocks, Carrier, Count, Frames, Grid, Plan, Region, Spans, Tokens
 
 IMAGE, TEXT = Tokens("image"), Tokens("text")
 OPTIONS = "transformer_options"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.parallel.plan import Plan
+from worker.parallel import Plan
 
 PLANS: dict[str, Plan] = {}
 REASONS: dict[str, str] = {}  # class -> why it has none

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from worker.parallel.plan import Attend, Blocks, Count, Plan, Region, Tokens
+from worker.parallel import Attend, Blocks, Count, Plan, Region, Tokens
 
 IMAGE, TEXT = Tokens("image"), Tokens("text")
 JOINT = {"hidden_states": IMAGE, "encoder_hidden_states": TEXT}

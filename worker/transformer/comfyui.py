@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.messages import Residuals
 from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint
 from worker.models.comfyui.building import blocks, build, fill, materialise, outline
@@ -19,13 +20,9 @@ from worker.models.comfyui.detection import Detected, detect
 from worker.models.comfyui.proof import prove
 from worker.models.comfyui.spreading import Spread, plan_of
 from worker.models.comfyui.weights import PatchedComfyUI, lora_files
-from worker.parallel.groups import Degrees, RankGroups, ring_kernel
-from worker.parallel.plan import PlanMismatch
-from worker.parallel.sharding import ShardedWeights
-from worker.patches.lora_files import LoraFiles
-from worker.patches.weights import PatchStore
+from worker.parallel import Degrees, PlanMismatch, RankGroups, ShardedWeights, ring_kernel
+from worker.patches import LoraFiles, PatchStore
 from worker.transformer.batch import Batch
-from worker.transformer.control import Residuals
 from worker.transformer.controlnets import NetCall
 from worker.transformer.interface import Latents
 
