@@ -14,6 +14,7 @@ from comfy_xdit.ranks.environment import ROOT
 from tests.plan_cases import CASES
 from tests.plan_ranks import WORLD
 from worker.parallel.attention import Blockwise
+from worker.parallel.exchange import Exchange
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts, Shard
 from worker.parallel.plan import Attend, Blocks, Plan, PlanMismatch, Region, Spans, Tokens
@@ -126,6 +127,22 @@ def test_a_mask_of_numbers_is_what_its_plan_says(added: bool, kept: torch.dtype)
     spread = SpreadTokens(model, Plan((region,)), Mesh())
     model(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0, 0.0]]))
     assert spread.exchange.masks["image"].dtype == kept
+
+
+@pytest.mark.parametrize("kept", [torch.bool, torch.float32])
+def test_a_mask_of_all_streams_is_taken_as_it_is(kept: torch.dtype):
+    """The model made one of its own tokens of it, in the dtype it computes in."""
+    parts = Parts(2, 0)
+    parts.bring("image", 4)
+    parts.bring("text", 3)
+    exchange = Exchange(parts, Mesh())
+    whole = torch.tensor([1, 0, 1, 1, 1, 1, 0], dtype=kept).reshape(1, 1, 1, 7)
+    exchange.masks["image text"] = whole
+    attention = exchange.module((Attend("image text"),))
+    keys, key = [parts["image"], parts["text"]], torch.zeros(2, 1, 4, 8)
+    made = attention._whole_mask("image text", keys, key, torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16))
+    assert torch.equal(made, whole)
+    assert made.dtype == (torch.bool if kept is torch.bool else torch.bfloat16)
 
 
 def test_a_name_that_the_model_lacks_is_an_error():

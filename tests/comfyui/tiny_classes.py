@@ -38,7 +38,10 @@ def write(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
     sys.path.remove(str(SHIM))
     file = f"{name.replace(' ', '_').replace(',', '')}.safetensors"
     with torch.inference_mode(False):
-        module, size = module_of(CASES[name])
+        case = CASES[name]
+        module, size = module_of(case)
+        parts = {f"comfy.ldm.{case.module}.{part}": told for part, told in case.parts.items()}
+        size |= {tiny_detection.PARTS: parts} if parts else {}
         tensors = {key: tensor.to(dtype).contiguous() for key, tensor in module.state_dict().items()}
         tensors[tiny_detection.key(size)] = torch.zeros(1)
         save_file(tensors, folder / file)

@@ -192,6 +192,9 @@ class ModuleAttention:
                 f"a mask over {mask.shape[-1]} keys where there are {sum(part.length for part in keys)} "
                 f"({streams})"
             )
+        if streams in masks:  # of the whole sequence already
+            given = masks[streams].reshape(-1, 1, 1, masks[streams].shape[-1])
+            return given if given.dtype == torch.bool else given.to(mask.dtype)
         given = next(iter(masks.values()))
         # Of a stream without a mask every key counts.
         every = torch.ones_like(given[:1, :1]) if given.dtype == torch.bool else given.new_zeros(1, 1)

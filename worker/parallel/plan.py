@@ -28,7 +28,8 @@ class Tokens:
         ndim: a tensor with another number of dimensions has no tokens.
         masks_keys: a key mask (B, tokens) from which the model makes the mask of an attention of its own
             tokens only; the seam makes that mask of the whole again. It says which keys count (not 0),
-            whatever its dtype; or it is `added` to the scores.
+            whatever its dtype; or it is `added` to the scores. One of all streams of an attention's keys, in
+            their order, may be (B, 1, 1, tokens) too.
     """
 
     streams: str

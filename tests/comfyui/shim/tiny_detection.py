@@ -5,12 +5,14 @@ process that has this folder on its path, which are the tests' ComfyUI and its r
 """
 
 import base64
+import functools
 import importlib.util
 import json
 import sys
 from importlib.abc import MetaPathFinder
 
 MARK = "tiny_size:"
+PARTS = "parts"  # of a size: classes, by module and name, and what they are told
 
 
 def key(size):
@@ -31,21 +33,52 @@ class _AfterDetection(MetaPathFinder):
         def exec_module(module):
             stock(module)
             module.detect_unet_config = _reading_sizes(module.detect_unet_config)
+            module.model_config_from_unet_config = _keeping_sizes(module.model_config_from_unet_config)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
+def _told(state_dict):
+    """The size that a file says, if it says one."""
+    for name in state_dict or {}:
+        at = name.find(MARK)
+        if at >= 0:
+            return json.loads(base64.urlsafe_b64decode(name[at + len(MARK) :]))
+    return {}
+
+
 def _reading_sizes(original):
     def detect(state_dict, prefix, *args, **kwargs):
         config = original(state_dict, prefix, *args, **kwargs)
-        for name in state_dict:
-            at = name.find(MARK)
-            if config is not None and at >= 0:
-                config |= json.loads(base64.urlsafe_b64decode(name[at + len(MARK) :]))
+        if config is not None:
+            told = _told(state_dict)
+            _build_small(told.pop(PARTS, {}))
+            config |= told
         return config
 
     return detect
+
+
+def _keeping_sizes(original):
+    """Some configurations put widths of the published model over those that were detected."""
+
+    def of_config(unet_config, state_dict=None, *args, **kwargs):
+        config = original(unet_config, state_dict, *args, **kwargs)
+        if config is not None:
+            config.unet_config |= {name: size for name, size in _told(state_dict).items() if name != PARTS}
+        return config
+
+    return of_config
+
+
+def _build_small(parts):
+    """From now on classes are built in a size that their owner does not pass on."""
+    for place, size in parts.items():
+        module, _, name = place.rpartition(".")
+        module = importlib.import_module(module)
+        made = getattr(module, name)
+        setattr(module, name, functools.partial(getattr(made, "func", made), **size))
 
 
 sys.meta_path.insert(0, _AfterDetection())

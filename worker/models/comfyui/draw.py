@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Case:
 
     Args:
         batches: rows that the class itself takes.
+        parts: classes of the module that it builds in their full size, and what they are told in its place.
     """
 
     module: str
@@ -64,3 +65,4 @@ class Case:
     size: Size
     call: Call
     batches: tuple[int, ...] = (1, 2, 3)
+    parts: Mapping[str, Size] = field(default_factory=dict)

@@ -10,6 +10,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import comfy.ops
@@ -47,9 +51,11 @@ def tiny_model(case: Case, device: torch.device) -> tuple[nn.Module, Size]:
     Raises:
         TypeError, ImportError, AttributeError: this ComfyUI has no such class, or no such variant.
     """
-    made = getattr(importlib.import_module(f"comfy.ldm.{case.module}"), case.name)
+    module = importlib.import_module(f"comfy.ldm.{case.module}")
+    made = getattr(module, case.name)
     size = _known(made, case.size)
-    model = made(**size, device=device, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    with _told(module, case.parts):
+        model = made(**size, device=device, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("inv_freq"):  # of a file, as some are: not filled by the class, and not random
@@ -57,6 +63,19 @@ def tiny_model(case: Case, device: torch.device) -> tuple[nn.Module, Size]:
         elif tensor.is_floating_point() and not key.endswith("freqs"):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.08)
     return model.eval().requires_grad_(False), {k: v for k, v in size.items() if k != "image_model"}
+
+
+@contextmanager
+def _told(module: ModuleType, parts: Mapping[str, Size]) -> Iterator[None]:
+    """Within, these classes of a module are built in a size that their owner does not pass on."""
+    full = {name: getattr(module, name) for name in parts}
+    for name, size in parts.items():
+        setattr(module, name, partial(full[name], **size))
+    try:
+        yield
+    finally:
+        for name, of_name in full.items():
+            setattr(module, name, of_name)
 
 
 def _known(made: type, size: Size) -> Size:
