@@ -24,9 +24,11 @@ def module_of(case: Case) -> tuple[torch.nn.Module, dict[str, Any]]:
     from worker.models.comfyui.proof import tiny_model
 
     try:
-        return tiny_model(case, torch.device("cpu"))
+        module, size = tiny_model(case, torch.device("cpu"))
     except (ImportError, AttributeError, TypeError) as error:
         pytest.skip(f"this ComfyUI has no {case.name}, or not this variant of it: {error}")
+    parts = {f"comfy.ldm.{case.module}.{part}": told for part, told in case.parts.items()}
+    return module, size | ({"parts": parts} if parts else {})
 
 
 def write(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
@@ -38,10 +40,7 @@ def write(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
     sys.path.remove(str(SHIM))
     file = f"{name.replace(' ', '_').replace(',', '')}.safetensors"
     with torch.inference_mode(False):
-        case = CASES[name]
-        module, size = module_of(case)
-        parts = {f"comfy.ldm.{case.module}.{part}": told for part, told in case.parts.items()}
-        size |= {tiny_detection.PARTS: parts} if parts else {}
+        module, size = module_of(CASES[name])
         tensors = {key: tensor.to(dtype).contiguous() for key, tensor in module.state_dict().items()}
         tensors[tiny_detection.key(size)] = torch.zeros(1)
         save_file(tensors, folder / file)

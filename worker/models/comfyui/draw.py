@@ -56,13 +56,13 @@ class Case:
     """A class of `module` (in comfy.ldm), a size of it, and a call.
 
     Args:
-        batches: rows that the class itself takes.
         parts: classes of the module that it builds in their full size, and what they are told in its place.
+        batches: rows that the class itself takes.
     """
 
     module: str
     name: str
     size: Size
     call: Call
-    batches: tuple[int, ...] = (1, 2, 3)
     parts: Mapping[str, Size] = field(default_factory=dict)
+    batches: tuple[int, ...] = (1, 2, 3)

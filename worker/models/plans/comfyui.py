@@ -253,7 +253,6 @@ HUNYUAN_VIDEO, HUNYUAN_VIDEO_TEXT_FIRST = _flux("image text", ""), _flux("text i
 
 TEXT_FIRST = "text first"  # behind the name of a class: of the versions that join its streams so
 PLANS: dict[str, Plan] = {
-    "Anima": Plan((COSMOS2,)),
     "AnimateWanModel": _wan("face_adapter.fuser_blocks.*"),
     "AsymmDiTJoint": Plan((MOCHI,)),
     "AudioDiffusionTransformer": Plan((STABLE_AUDIO,)),
@@ -275,6 +274,7 @@ PLANS: dict[str, Plan] = {
     "MMDiT": AURA,
     "MageFlowTransformer2DModel": QWEN,
     "MiniTrainDIT": Plan((COSMOS2,)),
+    "Anima": Plan((COSMOS2,)),  # the same, behind an adapter of its prompts
     "NextDiT": LUMINA,
     "OmniGen2Transformer2DModel": OMNIGEN2,
     "OpenAISignatureMMDITWrapper": SD3,
