@@ -23,7 +23,8 @@ from typing import Any
 
 from comfy_xdit.planning import cluster, planner
 from comfy_xdit.planning.measured import Measured
-from comfy_xdit.planning.request import FAMILIES, Request
+from comfy_xdit.planning.published import PUBLISHED
+from comfy_xdit.planning.request import Request
 from comfy_xdit.protocol.parallel import ParallelConfig
 
 SLOWER = 1.05
@@ -59,7 +60,7 @@ def tables(rows: list[dict[str, Any]]) -> dict[Request, Table]:
     """The rows by request."""
     result: dict[Request, Table] = defaultdict(dict)
     for row in rows:
-        shape = replace(FAMILIES[row["family"]], **row.get("shape", {}))
+        shape = replace(PUBLISHED[row["family"]], **row.get("shape", {}))
         request = Request(
             shape, row["tokens"], 0, cfg=row.get("cfg", False), batch=row.get("batch", 1), dtype_bytes=4
         )

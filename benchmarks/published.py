@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from comfy_xdit.planning.prediction import EAGER, Constants
-from comfy_xdit.planning.request import FAMILIES, ModelShape, Request
+from comfy_xdit.planning.published import PUBLISHED
+from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.protocol.parallel import ParallelConfig
 
 # torch.compile fuses what is between the products and launches whole graphs.
@@ -58,7 +59,7 @@ MOCHI = _video("Mochi", 24, 3072, 48, 10, cfg=True)
 CONSISID = _video("ConsisID", 48, 3072, 42, 5.6, cfg=True)
 PIXART = replace(_video("PixArt", 16, 1152, 28, 0.6, cfg=True), products=14.0)  # and a cross-attention
 HUNYUAN_VAE = 100.0  # seconds outside the loop, so that U8 on H100 is right
-FLUX_1024 = Request.picture(FAMILIES["flux"], steps=28)
+FLUX_1024 = Request.picture(PUBLISHED["flux"], steps=28)
 HUNYUAN_720 = Request(HUNYUAN, 33 * 45 * 80, 256, 50)
 HUNYUAN_960 = Request(HUNYUAN, 33 * 60 * 60, 256, 50)
 FLUX_MD, HUNYUAN_MD = "xDiT docs/performance/flux.md", "xDiT docs/performance/hunyuanvideo.md"
@@ -99,18 +100,18 @@ SERIES = (
         {"PF8": 3.42, "U4xR2": 3.42 / 1.23}, ("PF8", "U4xR2"),
     ),
     Series(
-        "Flux dev 2048, L40 PCIe", PIPEFUSION, Request.picture(FAMILIES["flux"], 2048, 2048, steps=28),
+        "Flux dev 2048, L40 PCIe", PIPEFUSION, Request.picture(PUBLISHED["flux"], 2048, 2048, steps=28),
         "8 x L40 PCIe", None, {"PF8": 5.79, "U4xR2": 5.79 / 1.25},
     ),
     _pixart(1024, CFG2xPF4=5.09),
     _pixart(2048, CFG2xPF4=7.91),
     _pixart(4096, CFG2xPF4=8.59),
     Series(
-        "SD3 medium 1024, L40 PCIe", PIPEFUSION, Request.picture(FAMILIES["sd3"], steps=20),
+        "SD3 medium 1024, L40 PCIe", PIPEFUSION, Request.picture(PUBLISHED["sd3"], steps=20),
         "8 x L40 PCIe", None, {"CFG2xPF4": 3.11},
     ),
     Series(
-        "SD3 medium 2048, L40 PCIe", PIPEFUSION, Request.picture(FAMILIES["sd3"], 2048, 2048, steps=20),
+        "SD3 medium 2048, L40 PCIe", PIPEFUSION, Request.picture(PUBLISHED["sd3"], 2048, 2048, steps=20),
         "8 x L40 PCIe", None, {"CFG2xPF4": 8.16},
     ),
     _hunyuan("H100", 1904.08, {"U2": 925.04, "U4": 514.08, "U8": 337.58}, "1280x720", ("U8",)),
@@ -162,8 +163,8 @@ def _claims(
 
 
 L40, A100 = "8 x L40 PCIe", "8 x A100 NVLink"
-FLUX_2048 = Request.picture(FAMILIES["flux"], 2048, 2048, steps=28)
-SD3_1024, SD3_2048 = (Request.picture(FAMILIES["sd3"], n, n, steps=20) for n in (1024, 2048))
+FLUX_2048 = Request.picture(PUBLISHED["flux"], 2048, 2048, steps=28)
+SD3_1024, SD3_2048 = (Request.picture(PUBLISHED["sd3"], n, n, steps=20) for n in (1024, 2048))
 PIXART_2048 = Request(PIXART, 128**2, 0, 20, cfg=True)
 COGVIDEO = replace(
     Request(_video("CogVideoX1.5", 48, 3072, 42, 5.6, cfg=True), 21 * 48 * 85, 226, 50), cfg=True

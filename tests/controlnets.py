@@ -18,6 +18,7 @@ from tests import tiny
 from worker.models.base import packed, to_whole_patches
 from worker.models.flux.family import Flux
 
+PATCH = (2, 2)
 SD3 = {**tiny.SD3_CONFIG, "num_layers": 2}
 SD35 = {**SD3, "dual_attention_layers": (0,)}
 FLUX = {**tiny.FLUX_CONFIG, "num_layers": 1, "num_single_layers": 2}
@@ -118,7 +119,7 @@ def hint_for(net: TinyNet, x: torch.Tensor, batch: int = 1, seed: int = 9) -> to
     """A hint as it travels: latents, or a picture in 0..1."""
     if getattr(net.module, "input_hint_block", None) is None:
         return random(batch, *x.shape[1:], seed=seed)
-    height, width = to_whole_patches(x).shape[-2:]
+    height, width = to_whole_patches(x, PATCH).shape[-2:]
     return torch.rand(batch, 3, 8 * height, 8 * width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -135,7 +136,7 @@ def reference(
 ) -> Any:
     """Plain diffusers: each net, the sum of their residuals, and the transformer, on one rank."""
     height, width = x.shape[-2:]
-    x = to_whole_patches(x)
+    x = to_whole_patches(x, PATCH)
     call = model.family.call(dict(model.module.config), x, timestep, given)
     sums: list[list[torch.Tensor] | None] = []
     with torch.no_grad():
@@ -160,12 +161,12 @@ def _net_outputs(
     hint = hint.expand(batch, -1, -1, -1)
     if type(net.module).__name__ == "SD3ControlNetModel":
         kwargs["pooled_projections"] = torch.zeros_like(kwargs["pooled_projections"])
-        kwargs["controlnet_cond"] = to_whole_patches(hint * 1.5305)
+        kwargs["controlnet_cond"] = to_whole_patches(hint * 1.5305, PATCH)
         return net.module(**kwargs, conditioning_scale=strength, return_dict=False)
     if net.module.input_hint_block is not None:
         kwargs["controlnet_cond"] = hint * 2.0 - 1.0
     else:
-        kwargs["controlnet_cond"] = packed(to_whole_patches((hint - 0.1159) * 0.3611))
+        kwargs["controlnet_cond"] = packed(to_whole_patches((hint - 0.1159) * 0.3611, PATCH))
     if mode is not None:
         kwargs["controlnet_mode"] = torch.full((batch, 1), mode)
     return net.module(**kwargs, conditioning_scale=strength, return_dict=False)

@@ -99,19 +99,21 @@ def test_a_description_is_asked_for_once_per_file(tiny_models, tmp_path, monkeyp
         file.write_bytes(tiny_models["flux"].file.read_bytes())
         with pytest.raises(AssertionError, match="a rank was asked"):
             auto.description(ModelSpec.of(file, "transformer"))
-    assert auto.description(ModelSpec.of(file, "transformer"))["family"] == "flux"
+    assert auto.description(ModelSpec.of(file, "transformer")).family == "flux"
 
 
 def test_the_description_says_what_a_plan_needs(tiny_models):
     for name, dual in (("sd3", 0), ("sd3.5-medium", 2), ("flux", 0)):
         model = tiny_models[name]
-        info = auto.description(ModelSpec.of(model.folder, "transformer"))
+        told = auto.description(ModelSpec.of(model.folder, "transformer"))
         config = model.config
         layers = config["num_layers"] + config.get("num_single_layers", 0)
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        assert (info["width"], info["blocks"], info["dual"]) == (width, layers, dual)
-        assert info["cfg"] is (name != "flux") and info["stored"] == "float32"
-        assert info["parameters"] == sum(p.numel() for p in model.module.parameters())
+        assert (told.width, told.blocks, told.dual) == (width, layers, dual)
+        assert told.guided is (name != "flux") and told.stored == "float32"
+        assert told.streams == ("image", "text") and told.latent.patch == (2, 2)
+        assert [part.name for part in told.prompt][2:] == (["guidance"] if name == "flux" else [])
+        assert told.parameters == sum(p.numel() for p in model.module.parameters())
 
 
 def test_a_run_is_remembered_and_the_next_plan_knows_it(tiny_models):
@@ -119,7 +121,7 @@ def test_a_run_is_remembered_and_the_next_plan_knows_it(tiny_models):
     spec = ModelSpec.of(model.file, "transformer")
     layout = layout_of(TWO, spec)
     remote = RemoteModel(spec, layout)
-    shape = ModelShape.of(remote.load())
+    shape = ModelShape.of(remote.described())
     request = Request(shape, TOKENS, 0, cfg=True, dtype_bytes=4)
 
     x, given = torch.zeros(NOISE), tiny.conditions(model.family, model.config, 7)
@@ -166,7 +168,7 @@ def test_the_report_says_what_was_chosen_and_why_and_what_was_measured(tiny_mode
     spec = ModelSpec.of(tiny_models["sd3"].file, "transformer")
     layout = layout_of(TWO, spec)
     remote = RemoteModel(spec, layout)
-    request = Request.picture(ModelShape.of(remote.load()), dtype_bytes=4)
+    request = Request.picture(ModelShape.of(remote.described()), dtype_bytes=4)
     text = report(())
     assert "plan for sd3.safetensors at 1024 x 1024 (auto): predicted" in text
     assert "predicted per step: cfg 2 " in text and "measured" not in text

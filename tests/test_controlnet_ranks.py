@@ -172,10 +172,10 @@ def test_reference_latents_behind_the_picture(tiny_models, nets, layout):
     x, timestep, given = inputs(model, SIZES["odd"])
     hint = hint_for(net, x)
     with_reference = given | {"ref_latents": [random(2, 16, 4, 6, seed=8)], "ref_latents_method": "offset"}
-    call = model.family.call(model.config, controlnets.to_whole_patches(x), timestep, given)
+    call = model.family.call(model.config, controlnets.to_whole_patches(x, (2, 2)), timestep, given)
     with torch.no_grad():
         residuals = controlnets._net_outputs(
-            net, call.kwargs, hint, 0.8, None, controlnets.to_whole_patches(x)
+            net, call.kwargs, hint, 0.8, None, controlnets.to_whole_patches(x, (2, 2))
         )
     control = {"input": residuals[0] * 2, "output": [r for r in residuals[1] for _ in range(2)][:3]}
     remote = handle(model, layout)
@@ -193,7 +193,7 @@ def test_stock_residuals_and_nets_in_the_ranks_add_up(tiny_models, nets, layout)
     hint, residual = hint_for(net, x), random(2, 33, 256, seed=6)
     remote = handle(model, layout)
     with torch.no_grad():
-        padded = controlnets.to_whole_patches(x)
+        padded = controlnets.to_whole_patches(x, (2, 2))
         call = model.family.call(model.config, padded, timestep, given)
         (samples,) = controlnets._net_outputs(net, call.kwargs, hint, 0.8, None, padded)
         sums = [samples[0] + residual, samples[0] + residual, samples[1] + residual]

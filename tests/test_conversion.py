@@ -2,22 +2,22 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from comfy_xdit.headless import conversion
 from comfy_xdit.nodes.surroundings import SamplerInputs
+from comfy_xdit.protocol.description import LatentSpace, PromptPart
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
+from tests.described import DESCRIBED
 
 SPEC = ModelSpec("/models/some.safetensors", "transformer")
-SD3_INFO = {
-    "family": "sd3",
-    "latent_channels": 16,
-    "sampling": {"kind": "discrete_flow", "shift": 3.0, "multiplier": 1000.0},
-    "latent_format": {"scale_factor": 1.5305, "shift_factor": 0.0609},
-}
+PICTURES = replace(DESCRIBED.latent, channels=16, scale=1.5305, mean=(0.0609,))
+MODEL = replace(DESCRIBED, latent=PICTURES)
+GUIDANCE = PromptPart("guidance", "guidance", 3.5)
 
 
 def conditioning(rows: int = 1, **options):
@@ -47,12 +47,12 @@ def request(**changes):
         "latent_image": latent(),
         "denoise": 1.0,
     }
-    return conversion.build_sample(SPEC, SD3_INFO, SamplerInputs(**{**inputs, **changes}))
+    return conversion.build_sample(SPEC, MODEL, SamplerInputs(**{**inputs, **changes}))
 
 
 def test_conditioning_is_repeated_to_the_batch():
     given = conditioning()
-    found = conversion.conditions_of(given, "sd3", batch=3)
+    found = conversion.conditions_of(given, MODEL, batch=3)
     assert set(found) == {"context", "y"}
     assert found["context"].shape == (3, 7, 32)
     assert found["y"].shape == (3, 8)
@@ -61,18 +61,19 @@ def test_conditioning_is_repeated_to_the_batch():
 
 def test_conditioning_longer_than_the_batch_is_cut():
     given = conditioning(rows=3)
-    assert torch.equal(conversion.conditions_of(given, "sd3", batch=2)["context"], given[0][0][:2])
+    assert torch.equal(conversion.conditions_of(given, MODEL, batch=2)["context"], given[0][0][:2])
 
 
 @pytest.mark.parametrize(("options", "expected"), [({}, 3.5), ({"guidance": 1.5}, 1.5)])
-def test_flux_has_guidance_for_every_picture(options, expected):
-    found = conversion.conditions_of(conditioning(**options), "flux", batch=2)
+def test_a_model_that_takes_guidance_has_it_for_every_picture(options, expected):
+    model = replace(MODEL, prompt=(*MODEL.prompt, GUIDANCE))
+    found = conversion.conditions_of(conditioning(**options), model, batch=2)
     assert found["guidance"].tolist() == [expected, expected]
 
 
 def test_options_that_say_nothing_are_taken():
     given = conditioning(start_percent=0.0, end_percent=1.0, strength=1.0, mask=None, guidance=4.0)
-    assert set(conversion.conditions_of(given, "sd3", 1)) == {"context", "y"}
+    assert set(conversion.conditions_of(given, MODEL, 1)) == {"context", "y"}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_options_that_say_nothing_are_taken():
 )
 def test_an_option_only_comfyui_can_honour_is_refused_by_name(options):
     with pytest.raises(InvalidInput, match=rf"carries {next(iter(options))}, .*use the stock KSampler"):
-        conversion.conditions_of(conditioning(**options), "sd3", 1)
+        conversion.conditions_of(conditioning(**options), MODEL, 1)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +108,14 @@ def test_an_option_only_comfyui_can_honour_is_refused_by_name(options):
 )
 def test_what_is_no_conditioning_is_refused(given, words):
     with pytest.raises(InvalidInput, match=re.escape(words)):
-        conversion.conditions_of(given, "sd3", 1)
+        conversion.conditions_of(given, MODEL, 1)
 
 
-def test_a_family_without_rules_is_refused():
-    with pytest.raises(InvalidInput, match="'wan'"):
-        conversion.conditions_of(conditioning(), "wan", 1)
+def test_a_model_may_take_no_more_than_the_context():
+    given = conditioning()
+    del given[0][1]["pooled_output"]
+    model = replace(MODEL, prompt=(PromptPart("context"),))
+    assert torch.equal(conversion.conditions_of(given, model, 1)["context"], given[0][0])
 
 
 @pytest.mark.parametrize(
@@ -128,13 +131,21 @@ def test_a_family_without_rules_is_refused():
 )
 def test_a_latent_that_does_not_fit_is_refused(given, words):
     with pytest.raises(InvalidInput, match=re.escape(words)):
-        conversion.samples_of(given, 16)
+        conversion.samples_of(given, PICTURES)
 
 
 def test_an_empty_latent_of_other_channels_becomes_one_of_the_models():
-    samples = conversion.samples_of({"samples": torch.zeros(2, 4, 8, 6)}, 16)
+    samples = conversion.samples_of({"samples": torch.zeros(2, 4, 8, 6)}, PICTURES)
     assert samples.shape == (2, 16, 8, 6)
     assert samples.count_nonzero() == 0
+
+
+def test_a_picture_for_a_model_of_videos_is_one_frame():
+    space = LatentSpace(16, 3, patch=(1, 2, 2))
+    picture = latent()["samples"]
+    assert torch.equal(conversion.samples_of({"samples": picture}, space)[:, :, 0], picture)
+    with pytest.raises(InvalidInput, match=r"takes \(batch, 16, frames, height, width\)"):
+        conversion.samples_of(latent(1, 2, 16, 3, 4, 4), space)
 
 
 def test_noise_is_that_of_torch_for_the_seed_and_leaves_the_global_generator_alone():

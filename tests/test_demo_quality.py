@@ -13,7 +13,6 @@ from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.protocol.messages import AppliedControlNet, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.remote.schedulers import sigmas_of
@@ -48,11 +47,10 @@ def draw(
             (RemoteModel, "transformer"), (RemoteTextEncoders, "text_encoders"), (RemoteVAE, "vae"),
         )
     )  # fmt: skip
-    info = model.load()
+    described = model.described()
     if lora is not None:
         model, _ = add_lora(model, lora, 1.0, HEADLESS)
-    sampling = Sampling.of(info)
-    scale = info["latent_format"]
+    sampling = described.sampling
 
     def conditions(prompts: list[str]) -> dict[str, torch.Tensor]:
         encoded = [text.encode({name: [[(p, 1.0)]] for name in ("l", "g")}) for p in prompts]
@@ -82,7 +80,7 @@ def draw(
             positive_nets=control,
             negative_nets=control,
         )
-        latent = model.sample(request) / scale["scale_factor"] + scale["shift_factor"]
+        latent = described.latent.unscaled(model.sample(request))
         pictures += list((vae.decode(latent) * 255).round().to(torch.uint8).numpy())
     return pictures
 

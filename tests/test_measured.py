@@ -10,12 +10,13 @@ import pytest
 
 from comfy_xdit.planning import cluster, measured, remembered
 from comfy_xdit.planning.measured import Measured, remember
-from comfy_xdit.planning.request import FAMILIES, Request
+from comfy_xdit.planning.published import PUBLISHED
+from comfy_xdit.planning.request import Request
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.environment import ROOT
 
 CPU = cluster.of_cpu(2, 1 << 34)
-SD3 = Request.picture(FAMILIES["sd3"])
+SD3 = Request.picture(PUBLISHED["sd3"])
 ULYSSES = ParallelConfig(ulysses_degree=2)
 
 
@@ -38,7 +39,7 @@ def test_other_tokens_rows_dtypes_models_and_machines_are_apart():
     known = Measured.load()
     for other in (
         replace(SD3, image_tokens=1024), replace(SD3, batch=2), replace(SD3, dtype_bytes=4),
-        replace(SD3, shape=FAMILIES["sd3.5-large"]),
+        replace(SD3, shape=PUBLISHED["sd3.5-large"]),
     ):  # fmt: skip
         assert known.seconds(ULYSSES, other, CPU) is None
     assert known.seconds(ParallelConfig(ring_degree=2), SD3, CPU) is None
@@ -88,10 +89,11 @@ from dataclasses import replace
 from comfy_xdit.planning import cluster
 from comfy_xdit.planning.measured import remember
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.planning.request import FAMILIES, Request
+from comfy_xdit.planning.published import PUBLISHED
+from comfy_xdit.planning.request import Request
 start = int(sys.argv[1])
 for tokens in range(start, start + 60):
-    request = replace(Request.picture(FAMILIES["sd3"]), image_tokens=tokens)
+    request = replace(Request.picture(PUBLISHED["sd3"]), image_tokens=tokens)
     remember(ParallelConfig(ulysses_degree=2), request, cluster.of_cpu(2, 1), 1.0)
 """
 

@@ -11,12 +11,14 @@ from comfy_xdit import cli
 from comfy_xdit.planning import cluster, planner, topology
 from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.prediction import predict
-from comfy_xdit.planning.request import FAMILIES, ModelShape, Request
+from comfy_xdit.planning.published import PUBLISHED
+from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
+from tests.described import DESCRIBED
 
-FLUX = Request.picture(FAMILIES["flux"])
-SD3 = Request.picture(FAMILIES["sd3"])
+FLUX = Request.picture(PUBLISHED["flux"])
+SD3 = Request.picture(PUBLISHED["sd3"])
 H100 = cluster.parse("8 x H100 NVLink")
 L40 = cluster.parse("8 x L40 PCIe")
 CPU = cluster.of_cpu(2, 1 << 40)
@@ -113,7 +115,7 @@ def degrees(request, where, **more):
 
 
 def test_ulysses_divides_the_heads():
-    large = Request.picture(FAMILIES["sd3.5-large"])  # 38 heads
+    large = Request.picture(PUBLISHED["sd3.5-large"])  # 38 heads
     found = {layout.ulysses_degree for layout in planner.candidates(large, H100)}
     assert found == {1, 2}
     assert {layout.ulysses_degree for layout in planner.candidates(FLUX, H100)} == {1, 2, 3, 4, 6, 8}
@@ -167,7 +169,7 @@ def test_pipefusion_shares_the_weights_and_keeps_keys():
 
 
 def test_ulysses_sends_less_the_more_ranks_and_ring_more():
-    pictures = Request.picture(FAMILIES["flux"], 2048, 2048)
+    pictures = Request.picture(PUBLISHED["flux"], 2048, 2048)
     slow = replace(L40, far=None, near=cluster.Link("slow", 1e9, 0.0))
 
     def sent(**degree):
@@ -188,7 +190,7 @@ def test_nvlink_gets_ulysses_and_guidance_gets_cfg():
 
 
 def test_fewer_ranks_are_taken_where_more_are_slower():
-    small = Request.picture(FAMILIES["sd3"], 256, 256, cfg=False)
+    small = Request.picture(PUBLISHED["sd3"], 256, 256, cfg=False)
     plan = planner.plan(small, L40)
     assert plan.pick.layout.world_size == 1
     assert "all 8 ranks" in plan.why and "times as long" in plan.why
@@ -273,10 +275,10 @@ def test_no_device_is_an_error():
 
 
 @pytest.mark.parametrize("devices", ["8 x H100", "8 x L40 PCIe", "4 x RTX 4090", "8 x T4"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(PUBLISHED))
 def test_no_pick_is_predicted_slower_than_one_rank(devices, family):
     for side in (256, 1024, 2048):
-        plan = planner.plan(Request.picture(FAMILIES[family], side, side), cluster.parse(devices))
+        plan = planner.plan(Request.picture(PUBLISHED[family], side, side), cluster.parse(devices))
         one = next(c for c in plan.ranked if c.layout.world_size == 1)
         if plan.pick.prediction.fits and one.prediction.fits:
             assert plan.pick.expected <= one.expected
@@ -363,5 +365,20 @@ def test_the_command_refuses_what_it_cannot_plan(words, said, capsys):
 
 
 def test_a_described_model_is_a_shape():
-    info = {"family": "sd3", "heads": 4, "width": 256, "blocks": 3, "parameters": 10, "cfg": True, "dual": 2}
-    assert ModelShape.of(info | {"more": 1}).key == "sd3/256x3+2/4"
+    shape = ModelShape.of(DESCRIBED)
+    assert shape.key == "anything/256x3+2/4"
+    assert (shape.cfg, shape.text_tokens, shape.products) == (True, 77, 14.0)
+    assert (shape.pixels, shape.output) == ((32, 32), 4 * 16)
+    assert Request.picture(shape, 128, 100).image_tokens == 4 * 4
+
+
+def test_tokens_that_are_only_read_take_no_products():
+    """A prompt that the picture asks by cross attention, instead of one that goes along."""
+    reads = ModelShape.of(replace(DESCRIBED, streams=("image",), text_tokens=4096))
+    joint = ModelShape.of(replace(DESCRIBED, text_tokens=4096))
+    bare = ModelShape.of(replace(DESCRIBED, streams=("image",), text_tokens=0))
+    seconds = [
+        predict(ParallelConfig(), Request.picture(shape), CPU).seconds for shape in (bare, reads, joint)
+    ]
+    assert seconds == sorted(seconds) and len(set(seconds)) == 3
+    assert [Request.picture(shape).tokens for shape in (bare, reads, joint)] == [1024, 1024, 1024 + 4096]

@@ -139,12 +139,13 @@ class RemoteControl(comfy.controlnet.ControlBase):
 
     def _encoded(self, x: torch.Tensor) -> torch.Tensor:
         image = self.cond_hint_original.movedim(1, -1)
+        space = self._remote.described().latent
         if self.net.kind.takes == "pixels":
-            return self.net.hint(image, x)
+            return self.net.hint(image, x, space)
         management = comfy.model_management
         # Encoding may push a stock ControlNet off the GPU that takes part in this run.
         loaded = management.loaded_models(only_currently_used=True)
-        hint = self.net.hint(image, x, self.vae.encode, self.vae.spacial_compression_encode())
+        hint = self.net.hint(image, x, space, self.vae.encode, self.vae.spacial_compression_encode())
         management.load_models_gpu(loaded)
         return hint
 

@@ -32,9 +32,10 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     Raises:
         InvalidInput: this ComfyUI does not know the model's family.
     """
-    twin = build_twin(remote.spec.path, compute_dtype(remote), _dtype(remote.info.get("manual_cast")))
+    described = remote.described()
+    twin = build_twin(remote.spec.path, _dtype(described.dtype), _dtype(described.manual_cast))
     setattr(twin, HANDLE, remote)
-    if remote.spec.comfyui is not None:
+    if described.comfyui:
         answer_for(remote, twin)
     else:
         pair_prompts(twin)
@@ -81,13 +82,8 @@ def pictures_of(model: RemotePatcher) -> tuple[ImagePrompt, ...]:
     return at_sigmas(prompts, model.get_model_object("model_sampling").percent_to_sigma)
 
 
-def compute_dtype(remote: RemoteModel) -> torch.dtype:
-    """What the ranks compute in, as they report it; fp32 until they have loaded."""
-    return _dtype(remote.info.get("dtype", "float32"))
-
-
 def _dtype(name: str | None) -> torch.dtype | None:
-    return name and getattr(torch, name.removeprefix("torch."))
+    return name and getattr(torch, name)
 
 
 def _send_calls_to(remote: RemoteModel, twin: Any) -> None:

@@ -25,7 +25,7 @@ class ComfyUI:
     names = staticmethod(files.names)
     path = staticmethod(files.path)
 
-    comfyui_for = staticmethod(choice.comfyui_for)
+    spec_of = staticmethod(choice.spec_of)
     model_of = staticmethod(model.model_of)
     clip_of = staticmethod(clip.clip_of)
     vae_of = staticmethod(vae.vae_of)

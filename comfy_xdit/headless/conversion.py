@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from comfy_xdit.nodes.surroundings import SamplerInputs
+from comfy_xdit.protocol.description import LatentSpace, ModelDescription, PromptPart
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, Sample
-from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote import Application, RemoteModel, sigmas_of
 
-DEFAULT_GUIDANCE = 3.5  # what ComfyUI gives Flux when no FluxGuidance node is in the graph
-FAMILIES = ("sd3", "flux")
 REMEDY = "use the stock KSampler"
 # ComfyUI's options that say nothing at this value.
 _NEUTRAL = {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
@@ -31,57 +29,53 @@ Latent = dict[str, Any]
 Hints = dict[tuple[int, ...], torch.Tensor]  # by net, picture and VAE
 
 
-def conditions_of(conditioning: Conditioning, family: str, batch: int) -> dict[str, torch.Tensor]:
+def conditions_of(
+    conditioning: Conditioning, described: ModelDescription, batch: int
+) -> dict[str, torch.Tensor]:
     """Keyword arguments of the transformer from a CONDITIONING socket.
 
     Args:
         conditioning: [[context (1, T, D), {"pooled_output": (1, P), ...}]], one entry.
-        family: "sd3" or "flux".
+        described: the model, which says what it takes of it.
         batch: pictures in the latent; shorter conditioning is repeated, as ComfyUI does.
 
     Returns:
-        sd3: context (B, T, D), y (B, P); flux: also guidance (B,). All float32 on CPU.
+        By argument: context (B, T, D), and what of y (B, P) and guidance (B,) the model takes. All float32
+        on CPU.
 
     Raises:
         InvalidInput: not a conditioning, several entries, or an option that only ComfyUI's own
             sampling can honour.
     """
-    if family not in FAMILIES:
-        raise InvalidInput(f"XDiT Sampler does not know the model family {family!r}; {REMEDY}.")
     context, options = _only_entry(conditioning)
-    pooled = options.get("pooled_output")
-    if not isinstance(pooled, torch.Tensor):
-        raise InvalidInput(
-            f"the conditioning has no pooled_output, which {family} needs; encode the prompt with the "
-            "text encoders of that family (CLIPTextEncode on the CLIP of its pipeline)."
-        )
+    found = {part.name: _part(part, context, options, described.family) for part in described.prompt}
     _refuse_options(options)
-    found = {"context": context, "y": pooled}
-    if family == "flux":
-        found["guidance"] = torch.tensor([float(options.get("guidance", DEFAULT_GUIDANCE))])
     for name, tensor in found.items():
         _refuse_not_finite(tensor, f"conditioning ({name})")
     return {name: _repeated(tensor.float().cpu(), batch) for name, tensor in found.items()}
 
 
-def samples_of(latent: Latent, channels: int) -> torch.Tensor:
-    """The latent (B, C, H, W) of a LATENT socket, unscaled, as it is there.
+def samples_of(latent: Latent, space: LatentSpace) -> torch.Tensor:
+    """The latent of a LATENT socket, unscaled, as it is there: (B, C, H, W), or (B, C, T, H, W) of videos.
 
-    An empty latent (all zeros) of another channel count is repeated to `channels`, as ComfyUI does.
+    An empty latent (all zeros) of another channel count is repeated to the model's, and a picture becomes a
+    video of one frame, as ComfyUI does.
 
     Raises:
-        InvalidInput: not a LATENT, not 4-D, of no picture, not finite, or of other channels.
+        InvalidInput: not a LATENT, of other dimensions, of no picture, not finite, or of other channels.
     """
     if not isinstance(latent, dict) or not isinstance(latent.get("samples"), torch.Tensor):
         raise InvalidInput(
             f"latent_image is a {type(latent).__name__} without a `samples` tensor; connect the LATENT "
             "output of a node such as EmptySD3LatentImage or VAEEncode."
         )
-    samples = latent["samples"]
-    if samples.ndim != 4 or 0 in samples.shape:
+    samples, channels = latent["samples"], space.channels
+    if space.dimensions == 3 and samples.ndim == 4:
+        samples = samples.unsqueeze(2)
+    if samples.ndim != 2 + space.dimensions or 0 in samples.shape:
         raise InvalidInput(
-            f"latent has the shape {tuple(samples.shape)}, the model takes (batch, {channels}, height, "
-            "width), each at least 1; use EmptySD3LatentImage or VAEEncode."
+            f"latent has the shape {tuple(samples.shape)}, the model takes {space.shape}, each at least 1; "
+            "use EmptySD3LatentImage or VAEEncode."
         )
     _refuse_not_finite(samples, "latent")
     if samples.shape[1] == channels:
@@ -95,7 +89,7 @@ def samples_of(latent: Latent, channels: int) -> torch.Tensor:
 
 
 def noise_of(samples: torch.Tensor, seed: int, batch_index: Sequence[int] | None = None) -> torch.Tensor:
-    """The noise ComfyUI draws for `seed`: on CPU, shaped like `samples` (B, C, H, W).
+    """The noise ComfyUI draws for `seed`: on CPU, shaped like `samples`.
 
     Args:
         batch_index: the place of each picture in the batch it came from, so that it gets the noise
@@ -134,50 +128,39 @@ def mask_of(latent: Latent, samples: torch.Tensor) -> torch.Tensor | None:
     return _repeated(F.interpolate(mask, size=samples.shape[2:], mode="bilinear"), samples.shape[0])
 
 
-def scaled(samples: torch.Tensor, latent_format: dict[str, float]) -> torch.Tensor:
-    """Unscaled latent of a socket to what the transformer sees. ComfyUI leaves an empty one empty."""
-    if samples.count_nonzero() == 0:
-        return samples
-    return (samples - latent_format["shift_factor"]) * latent_format["scale_factor"]
-
-
-def unscaled(samples: torch.Tensor, latent_format: dict[str, float]) -> torch.Tensor:
-    """The transformer's latent to that of a socket: the inverse of `scaled`."""
-    return samples / latent_format["scale_factor"] + latent_format["shift_factor"]
-
-
 def build_sample(
-    spec: ModelSpec, info: dict[str, Any], inputs: SamplerInputs
+    spec: ModelSpec, described: ModelDescription, inputs: SamplerInputs
 ) -> tuple[Sample, Callable[[torch.Tensor], torch.Tensor]]:
     """KSampler's inputs as one message, and what makes its answer a latent for a socket.
 
     Args:
-        info: what the ranks say about the loaded model.
+        described: the model, of a class of diffusers'.
 
     Raises:
         InvalidInput: a value or a conditioning the ranks cannot honour.
     """
     inputs.check()
-    sampling, latent = Sampling.of(info), inputs.latent_image
-    samples = samples_of(latent, info["latent_channels"])
-    batch, family, latent_format = samples.shape[0], info["family"], info["latent_format"]
+    sampling, space, latent = described.sampling, described.latent, inputs.latent_image
+    samples = samples_of(latent, space)
+    batch, is_empty = samples.shape[0], samples.count_nonzero() == 0
     positive, negative = inputs.positive, inputs.negative if inputs.guided else None
     hints: Hints = {}
     request = Sample(
         spec=spec,
         sampler=inputs.sampler_name,
         sigmas=sigmas_of(sampling, inputs.scheduler, inputs.steps, inputs.denoise),
-        latent=scaled(samples.float().cpu(), latent_format),
+        # ComfyUI leaves an empty one empty.
+        latent=samples.float().cpu() if is_empty else space.scaled(samples.float().cpu()),
         noise=noise_of(samples, inputs.seed, latent.get("batch_index")).float(),
         cfg=float(inputs.cfg),
-        positive=conditions_of(positive, family, batch),
-        negative=None if negative is None else conditions_of(negative, family, batch),
+        positive=conditions_of(positive, described, batch),
+        negative=None if negative is None else conditions_of(negative, described, batch),
         multiplier=sampling.multiplier,
         mask=mask_of(latent, samples),
-        positive_nets=nets_of(control_of(positive), samples, sampling, hints),
-        negative_nets=() if negative is None else nets_of(control_of(negative), samples, sampling, hints),
+        positive_nets=nets_of(control_of(positive), samples, described, hints),
+        negative_nets=() if negative is None else nets_of(control_of(negative), samples, described, hints),
     )
-    return request, lambda answer: unscaled(answer, latent_format)
+    return request, space.unscaled
 
 
 def control_of(conditioning: Conditioning) -> tuple[Application, ...]:
@@ -192,7 +175,7 @@ def hold_nets(remote: RemoteModel, *conditionings: Conditioning) -> None:
 
 
 def nets_of(
-    applications: tuple[Application, ...], latent: torch.Tensor, sampling: Sampling, hints: Hints
+    applications: tuple[Application, ...], latent: torch.Tensor, described: ModelDescription, hints: Hints
 ) -> tuple[AppliedControlNet, ...]:
     """The ControlNets of a conditioning for a loop in the ranks that draws `latent` (B, C, H, W).
 
@@ -204,12 +187,25 @@ def nets_of(
         key = (id(one.net), id(one.image), id(one.vae))
         if key not in hints:
             encode, ratio = (one.vae.encode, one.vae.ratio) if one.vae is not None else (None, 1)
-            hint = one.net.hint(one.image, latent, encode, ratio)
+            hint = one.net.hint(one.image, latent, described.latent, encode, ratio)
             # One for all pictures, or repeated and cut as stock does.
             hints[key] = hint if len(hint) == 1 else _repeated(hint, latent.shape[0])
-        sigmas = sampling.sigma_at(one.start), sampling.sigma_at(one.end)
+        sigmas = tuple(described.sampling.sigma_at(share) for share in (one.start, one.end))
         found.append(AppliedControlNet(one.net.spec, hints[key], float(one.strength), one.mode, sigmas))
     return tuple(found)
+
+
+def _part(part: PromptPart, context: torch.Tensor, options: dict[str, Any], family: str) -> torch.Tensor:
+    """One argument of the transformer."""
+    value = options.get(part.option) if part.option else context
+    if part.default is not None:
+        return torch.tensor([float(part.default if value is None else value)])
+    if not isinstance(value, torch.Tensor):
+        raise InvalidInput(
+            f"the conditioning has no {part.option}, which {family} needs; encode the prompt with the "
+            "text encoders of that family (CLIPTextEncode on the CLIP of its pipeline)."
+        )
+    return value
 
 
 def _only_entry(conditioning: Conditioning) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -15,8 +15,7 @@ from comfy_xdit.headless import conversion, files
 from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Progress, Sample
-from comfy_xdit.protocol.sampling import Sampling
-from comfy_xdit.protocol.spec import SAMPLERS, LoraFile
+from comfy_xdit.protocol.spec import SAMPLERS, LoraFile, ModelSpec
 from comfy_xdit.remote import (
     SCHEDULERS,
     Application,
@@ -48,8 +47,9 @@ class Headless:
         """What has changed in ComfyUI: nothing where there is none."""
         return ()
 
-    def comfyui_for(self, path: Path, weight_dtype: str) -> None:
-        """There is no ComfyUI whose class a model could have."""
+    def spec_of(self, path: Path, weight_dtype: str) -> ModelSpec:
+        """The diffusion model at `path`: there is no ComfyUI whose class it could have."""
+        return ModelSpec.of(path, "transformer", weight_dtype)
 
     def model_of(self, remote: RemoteModel) -> RemoteModel:
         """MODEL: the handle itself."""
@@ -119,10 +119,10 @@ class Headless:
     ) -> tuple[Sample, Callable[[torch.Tensor], torch.Tensor]]:
         """KSampler's inputs as one message to the ranks, and what makes its answer a latent."""
         remote = self.remote_of(model)
-        info = remote.info or remote.load(interrupted=interrupted)
-        request, finish = conversion.build_sample(remote.spec, info, inputs)
+        described = remote.described(interrupted)
+        request, finish = conversion.build_sample(remote.spec, described, inputs)
         conversion.hold_nets(remote, inputs.positive, inputs.negative)
-        pictures = at_sigmas(remote.pictures, Sampling.of(info).sigma_at)
+        pictures = at_sigmas(remote.pictures, described.sampling.sigma_at)
         return replace(request, patches=remote.patches, image_prompts=pictures), finish
 
     def drive(self, model: RemoteModel, inputs: SamplerInputs) -> NoReturn:

@@ -93,8 +93,7 @@ class XDiTLoadDiffusionModel:
         from comfy_xdit.remote import RemoteModel
 
         here = surroundings()
-        path = here.path("diffusion_models", unet_name)
-        spec = ModelSpec.of(path, "transformer", weight_dtype, here.comfyui_for(path, weight_dtype))
+        spec = here.spec_of(here.path("diffusion_models", unet_name), weight_dtype)
         layout = planned(parallel, spec, here)
         return (here.model_of(loaded(RemoteModel(spec, layout), here)),)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the nodes import with nothing but the standard library inst
     import torch
 
     from comfy_xdit.protocol.messages import Progress, Sample
-    from comfy_xdit.protocol.spec import HostComfyUI, LoraFile
+    from comfy_xdit.protocol.spec import LoraFile, ModelSpec
     from comfy_xdit.remote import (
         Application,
         PicturePrompt,
@@ -84,8 +84,8 @@ class Surroundings(Protocol):
 
     # ------------------------------------------------------------------ the graph's types
 
-    def comfyui_for(self, path: Path, weight_dtype: str) -> HostComfyUI | None:
-        """The ComfyUI whose own class the diffusion model at `path` has in the ranks; None: diffusers'."""
+    def spec_of(self, path: Path, weight_dtype: str) -> ModelSpec:
+        """The diffusion model at `path`, whose class the ranks choose by it. Raises InvalidInput."""
 
     def model_of(self, remote: RemoteModel) -> Any:
         """A MODEL whose transformer is `remote`."""

@@ -19,14 +19,15 @@ from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.planner import Plan
 from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.planning.topology import this_machine
+from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Check
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.registry import running_groups, worker_group
 
-NAME = "models.json"
-KEPT = 200  # descriptions
+NAME = "descriptions.json"
+KEPT = 200
 PROBE = ParallelConfig(devices=("cpu",))
 
 
@@ -67,13 +68,13 @@ def layout_of(
     if len(devices) == 1:  # nothing to choose, so nobody need be asked
         return ParallelConfig(devices=devices, shard_weights=parallel.shard_weights).check(available)
     shard, key = parallel.shard_weights, (spec, replace(parallel, devices=devices))
-    if spec.comfyui is not None:
-        return _by_rows(description(spec, interrupted), devices, shard).check(available)
     if key not in _chosen:
-        info = description(spec, interrupted)
+        told = description(spec, interrupted)
+        if told.comfyui:
+            return _by_rows(told, devices, shard).check(available)
         cluster = machine(devices)
         kind = cluster.device.kind
-        request = Request.picture(ModelShape.of(info), dtype_bytes=dtype_bytes(info, spec, kind))
+        request = Request.picture(ModelShape.of(told), dtype_bytes=dtype_bytes(told, spec, kind))
         _chosen[key] = _choose(request, cluster, devices, shard)
     return _chosen[key].layout
 
@@ -89,12 +90,12 @@ def _choose(request: Request, cluster: Cluster, devices: tuple[str, ...], shard:
     return Chosen(layout, plan, request, cluster, shard)
 
 
-def _by_rows(info: dict[str, Any], devices: tuple[str, ...], shard: bool) -> ParallelConfig:
+def _by_rows(told: ModelDescription, devices: tuple[str, ...], shard: bool) -> ParallelConfig:
     """For a class of ComfyUI's own, of which no time is known: both prompts at once where it has two.
 
     Its tokens are spread where a person asks for it. Weights are shared by all devices, or by none.
     """
-    cfg = 2 if info["cfg"] and info["rows_apart"] else 1
+    cfg = 2 if told.guided and told.rows_apart else 1
     data = len(devices) // cfg if shard else 1
     layout = ParallelConfig(data_parallel_degree=data, cfg_parallel_degree=cfg, shard_weights=shard)
     return replace(layout, devices=devices[: layout.world_size])
@@ -135,17 +136,18 @@ def chosen_for(layout: ParallelConfig) -> list[tuple[str, Chosen]]:
     return [(spec.path, chosen) for (spec, _), chosen in _chosen.items() if chosen.layout == layout]
 
 
-def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) -> dict[str, Any]:
+def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) -> ModelDescription:
     """What a rank says of the transformer `spec` from its header; no weight is read.
 
     Families are known in the ranks alone. A group that runs is asked; without one a CPU rank
     starts, which goes when other ranks are needed, or stays when one is the plan. The answer is
     remembered as long as the file is the same.
     """
-    key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype} {spec.comfyui or ''}"
+    chosen_by = f"{spec.configuration} {spec.comfyui or ''}"
+    key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype} {chosen_by}"
     held = remembered.read(NAME, _check)
     if key in held:
-        return held[key]
+        return ModelDescription.of(held[key])
     running = [group for group in running_groups() if group.pids]
     group = running[0] if running else worker_group(PROBE)
     told = group.call(Check(spec, ParallelConfig()), ranks=(0,), interrupted=interrupted).value
@@ -157,27 +159,23 @@ def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) 
         return True
 
     remembered.update(NAME, _check, change)
-    return told
+    return ModelDescription.of(told)
 
 
 def _check(models: Any) -> None:
     """Raise ValueError for what holds something that is no description."""
     try:
         for told in models.values():
-            needed = ("stored", "cfg", "rows_apart") if told.get("comfyui") else ("stored",)
-            if not told.get("comfyui"):
-                ModelShape.of(told)
-            for name in needed:
-                told[name]
-    except (AttributeError, TypeError, KeyError) as error:
+            ModelDescription.of(told)
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"not descriptions of models ({error!r})") from error
 
 
-def dtype_bytes(info: dict[str, Any], spec: ModelSpec, kind: str) -> int:
+def dtype_bytes(told: ModelDescription, spec: ModelSpec, kind: str) -> int:
     """Bytes per number in ranks on devices of this `kind` (worker/transformer/transformer.py)."""
     name = spec.weight_dtype
     if name == "default":
-        name = "fp32" if kind == "cpu" or info["stored"] == "float32" else "half"
+        name = "fp32" if kind == "cpu" or told.stored == "float32" else "half"
     return 4 if name == "fp32" else 2
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from comfy_xdit.planning.auto import machine
 from comfy_xdit.planning.measured import remember
 from comfy_xdit.planning.request import ModelShape, Request
+from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.group import Timing
 
-LATENT_PER_TOKEN = 2  # latent pixels per side of a token
 # What a sampler does per step: Heun calls twice, but for the last step.
 _CALLS = {"heun": lambda steps: 2 * steps - 1}
 
@@ -23,7 +23,7 @@ class Calls:
 
     def note(
         self,
-        info: dict[str, Any],
+        described: ModelDescription,
         parallel: ParallelConfig,
         timing: Timing | None,
         latent: tuple[int, ...],
@@ -31,20 +31,17 @@ class Calls:
         sampler: str | None = None,
         steps: int = 1,
     ) -> None:
-        """A call, or a loop of `steps` under `sampler`, with `latent` (B, C, H, W) has ended.
+        """A call, or a loop of `steps` under `sampler`, with a latent of this shape has ended.
 
         Args:
-            info: `describe` of the model; without it there is nothing to note.
+            described: the model.
             timing: of the call; the time of the slowest rank counts.
             cfg: whether the loop called with two prompts per picture.
         """
         before, self._before = self._before, (parallel, latent, cfg, sampler)
-        if timing is None or not info or self._before != before:
+        if timing is None or self._before != before:
             return
         calls = _CALLS.get(sampler, lambda n: n)(steps)
-        height, width = latent[-2:]
-        tokens = -(-height // LATENT_PER_TOKEN) * -(-width // LATENT_PER_TOKEN)
-        request = Request(
-            ModelShape.of(info), tokens, 0, steps, cfg, latent[0], 4 if info["dtype"] == "float32" else 2
-        )
+        tokens, bytes_ = described.latent.tokens(latent), 4 if described.dtype == "float32" else 2
+        request = Request(ModelShape.of(described), tokens, 0, steps, cfg, latent[0], bytes_)
         remember(parallel, request, machine(parallel.devices), timing.rank / calls)

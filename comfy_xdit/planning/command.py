@@ -11,7 +11,8 @@ from comfy_xdit.planning.auto import description, dtype_bytes, machine
 from comfy_xdit.planning.cluster import Cluster
 from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.planner import Candidate, Plan, figure, short
-from comfy_xdit.planning.request import FAMILIES, ModelShape, Request
+from comfy_xdit.planning.published import PUBLISHED
+from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import available_devices
 from comfy_xdit.protocol.spec import ModelSpec
@@ -67,13 +68,13 @@ def _check(size: dict[str, Any]) -> None:
 def _request(model: Path | None, family: str, where: Cluster, size: dict[str, Any]) -> Request:
     if model is not None:
         spec = ModelSpec.of(model, "transformer")
-        info = description(spec)
-        bytes_ = dtype_bytes(info, spec, where.device.kind)
-        return Request.picture(ModelShape.of(info), dtype_bytes=bytes_, **size)
-    if family not in FAMILIES:
-        raise InvalidInput(f"family {family!r} is not one of {', '.join(FAMILIES)}; or name a --model.")
+        told = description(spec)
+        bytes_ = dtype_bytes(told, spec, where.device.kind)
+        return Request.picture(ModelShape.of(told), dtype_bytes=bytes_, **size)
+    if family not in PUBLISHED:
+        raise InvalidInput(f"family {family!r} is not one of {', '.join(PUBLISHED)}; or name a --model.")
     bytes_ = 4 if where.device.kind == "cpu" else 2
-    return Request.picture(FAMILIES[family], dtype_bytes=bytes_, **size)
+    return Request.picture(PUBLISHED[family], dtype_bytes=bytes_, **size)
 
 
 def table(chosen: Plan, steps: int, limit: int | None = None) -> Iterator[str]:
@@ -111,7 +112,7 @@ def outline(devices: tuple[str, ...]) -> Iterator[str]:
     """For doctor: this machine as the planner sees it, and what `auto` takes for published models."""
     where = machine(devices)
     yield f"the planner sees {where.describe()}, {where.device.memory / GIB:.1f} GiB for each"
-    for name in FAMILIES:
+    for name in PUBLISHED:
         request = _request(None, name, where, {})
         chosen = planner.plan(request, where, Measured.load())
         yield f"strategy auto, {name} at 1024 x 1024: {short(chosen.pick)}: {chosen.why}"

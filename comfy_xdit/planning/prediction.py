@@ -18,7 +18,6 @@ from comfy_xdit.protocol.parallel import ParallelConfig, rank_threads
 
 # Blocks' worth of weights that sharding gathers: the two largest, FLUX.1's being 1.7 times the mean.
 GATHERED = 3.5
-LATENT_WIDTH = 64  # numbers per token that a step gives back
 ACTIVATIONS = 24  # copies of a rank's tokens that are alive at the widest place of a block
 FP32_SLOWDOWN = 4  # of a GPU that computes in 32 bits instead of 16
 
@@ -111,9 +110,7 @@ class _Step:
         self._rows = -(-request.rows // branches)
         self._ranks = layout.sequence_parallel_degree
         self._stages = layout.pipefusion_degree
-        self._tokens = self._rows * sum(
-            -(-count // self._ranks) for count in (request.image_tokens, request.text_tokens)
-        )
+        self._tokens = self._rows * sum(-(-count // self._ranks) for count in request.streams)
         self._activation = self._tokens * self._shape.width * request.dtype_bytes
         self._request = request
         self._rate = self._sustained()
@@ -141,6 +138,7 @@ class _Step:
         linear = 2 * shape.products * shape.blocks * request.tokens
         linear += 8 * shape.dual * request.image_tokens
         pairs = shape.blocks * request.tokens**2 + shape.dual * request.image_tokens**2
+        pairs += shape.blocks * request.tokens * request.text_read
         patch = self._tokens / self._stages  # PipeFusion: as many patches as stages
         half = 0.0 if self._cluster.device.kind == "cpu" else self._constants.half
         attention = share * 4 * shape.width * pairs / self._rate
@@ -159,7 +157,7 @@ class _Step:
         if layout.shard_weights:
             seconds += self._gathering()
         if layout.data_parallel_degree * layout.cfg_parallel_degree > 1:
-            latents = self._request.rows * self._request.image_tokens * LATENT_WIDTH
+            latents = self._request.rows * self._request.image_tokens * self._shape.output
             seconds += self._send(latents * self._request.dtype_bytes, layout.world_size, self._ranks, 1)
         return seconds
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import Any
 
-PIXELS_PER_TOKEN = 16  # a side: the VAE's factor 8 times patches of 2, of every family here
+from comfy_xdit.protocol.description import ModelDescription
+
 DEFAULT_PIXELS = 1024
 DEFAULT_STEPS = 20
 
@@ -16,14 +17,17 @@ class ModelShape:
     """One transformer, as far as time and memory depend on it.
 
     Args:
-        family: the name of the family.
+        family: its name, for people.
         heads: attention heads; as `ulysses_degree` only divisors of them are offered: equal work for all.
         width: hidden size.
         blocks: transformer blocks, of which `dual` attend to the image tokens a second time.
         parameters: numbers in all weights.
-        cfg: whether the family is guided by a second, negative prompt.
+        cfg: whether it is guided by a second, negative prompt.
         text_tokens: a prompt's usual length.
+        text_attends: the prompt's tokens go through the blocks with the picture's, and are not only read.
         products: multiplications per token and block, in units of width squared.
+        pixels: height and width of a token in the picture.
+        output: numbers that a step gives back per token.
     """
 
     family: str
@@ -34,29 +38,26 @@ class ModelShape:
     cfg: bool
     dual: int = 0
     text_tokens: int = 333
+    text_attends: bool = True
     products: float = 12.0
+    pixels: tuple[int, int] = (16, 16)
+    output: int = 64
 
     @classmethod
-    def of(cls, info: Mapping[str, Any]) -> ModelShape:
-        """The shape in what a rank's Transformer says of itself (`describe`)."""
-        names = ("family", "heads", "width", "blocks", "parameters", "cfg", "dual")
-        known = FAMILIES.get(info["family"])
-        text = known.text_tokens if known else cls.text_tokens
-        return cls(**{name: info[name] for name in names}, text_tokens=text)
+    def of(cls, described: ModelDescription) -> ModelShape:
+        """The shape in what the ranks say of a model."""
+        latent = described.latent
+        return cls(
+            described.family, described.heads, described.width, described.blocks, described.parameters,
+            described.guided, described.dual, described.text_tokens, "text" in described.streams,
+            described.products, tuple(latent.compression * part for part in latent.patch[-2:]),
+            latent.channels * math.prod(latent.patch),
+        )  # fmt: skip
 
     @property
     def key(self) -> str:
         """Names the shape in measured times: equal shapes take equal time."""
         return f"{self.family}/{self.width}x{self.blocks}+{self.dual}/{self.heads}"
-
-
-# Published models by the names a person uses.
-FAMILIES = {
-    "flux": ModelShape("flux", 24, 3072, 57, 11_901_408_320, cfg=False, text_tokens=512),
-    "sd3": ModelShape("sd3", 24, 1536, 24, 2_028_328_000, cfg=True),
-    "sd3.5-medium": ModelShape("sd3", 24, 1536, 24, 2_243_171_520, cfg=True, dual=13),
-    "sd3.5-large": ModelShape("sd3", 38, 2432, 38, 8_056_627_520, cfg=True),
-}
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Request:
     def picture(
         cls, shape: ModelShape, width: int = DEFAULT_PIXELS, height: int = DEFAULT_PIXELS, **more: Any
     ) -> Request:
-        """A picture of so many pixels, with guidance as the family uses it unless `cfg` says otherwise."""
-        tokens = -(-width // PIXELS_PER_TOKEN) * -(-height // PIXELS_PER_TOKEN)
+        """A picture of so many pixels, with guidance as the model uses it unless `cfg` says otherwise."""
+        down, across = shape.pixels
+        tokens = -(-width // across) * -(-height // down)
         return cls(shape, tokens, shape.text_tokens, **{"cfg": shape.cfg, **more})
 
     @property
@@ -86,5 +88,15 @@ class Request:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one row, image and text."""
-        return self.image_tokens + self.text_tokens
+        """Tokens of one row that go through the blocks."""
+        return sum(self.streams)
+
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """The same, each stream by itself."""
+        return (self.image_tokens, self.text_tokens) if self.shape.text_attends else (self.image_tokens,)
+
+    @property
+    def text_read(self) -> int:
+        """Text tokens of one row that those in the blocks only read: keys of a cross attention."""
+        return 0 if self.shape.text_attends else self.text_tokens

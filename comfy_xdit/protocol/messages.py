@@ -105,7 +105,7 @@ class AppliedControlNet:
     """A ControlNet that the ranks run beside the transformer.
 
     `hint` is what the VAE made of the picture, unscaled, (B or 1, C, H, W); or, where the ControlNet
-    takes pictures, (B or 1, 3, 8 H, 8 W) in 0..1, H and W in whole patches. In `Denoise` it may be
+    takes pictures, (B or 1, 3, height, width) in 0..1, of whole tokens. In `Denoise` it may be
     `Known`. `mode` is the control type of a union ControlNet. `sigmas` are the first and the last noise
     level at which it acts in a `Sample`; None is always.
     """

@@ -47,7 +47,9 @@ class ModelSpec:
         weight_dtype: one of WEIGHT_DTYPES; "default" is the file's dtype on a GPU, fp32 on CPU, or what
             ComfyUI chooses for its own classes. Those with fp8 are for its classes alone.
         stamp: size and modification time of the file or index: another file is another spec.
-        comfyui: where the class of a transformer is ComfyUI's own; None is diffusers' class.
+        comfyui: the host's, whose own class a transformer may have; None is diffusers' class.
+        configuration: ComfyUI's name of the model, whose diffusers class is taken where the ranks have one;
+            "" is ComfyUI's own class, whatever they have.
     """
 
     path: str
@@ -55,6 +57,7 @@ class ModelSpec:
     weight_dtype: str = "default"
     stamp: tuple[int, int] = (0, 0)
     comfyui: HostComfyUI | None = None
+    configuration: str = ""
 
     @classmethod
     def of(
@@ -63,6 +66,7 @@ class ModelSpec:
         kind: str,
         weight_dtype: str = "default",
         comfyui: HostComfyUI | None = None,
+        configuration: str = "",
     ) -> ModelSpec:
         """Describe what is at `path` now.
 
@@ -80,11 +84,12 @@ class ModelSpec:
             )
         path = Path(path)
         check_there(path, "a model that exists")
-        return cls(str(path.absolute()), kind, weight_dtype, _stamp(path), comfyui)
+        return cls(str(path.absolute()), kind, weight_dtype, _stamp(path), comfyui, configuration)
 
     def check(self) -> None:
         """Raise InvalidInput if what is at the path is no longer what it was."""
-        if ModelSpec.of(self.path, self.kind, self.weight_dtype, self.comfyui) != self:
+        now = ModelSpec.of(self.path, self.kind, self.weight_dtype, self.comfyui, self.configuration)
+        if now != self:
             raise InvalidInput(changed(self.path))
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from comfy_xdit.protocol.controlnet_files import ControlNetKind
+from comfy_xdit.protocol.description import LatentSpace
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import CONTROL_TYPES, ControlNet
 from comfy_xdit.ranks.registry import holders, worker_group
-from comfy_xdit.remote.hints import Encoder, check_picture, hint_of
+from comfy_xdit.remote.hints import Encoder, check_picture, latent_hint, pixel_hint
 from comfy_xdit.remote.model import RemoteModel
 
 MAX_STRENGTH = 100.0
@@ -46,10 +47,17 @@ class RemoteControlNet:
             )
 
     def hint(
-        self, image: torch.Tensor, latent: torch.Tensor, encode: Encoder | None = None, ratio: int = 1
+        self,
+        image: torch.Tensor,
+        latent: torch.Tensor,
+        space: LatentSpace,
+        encode: Encoder | None = None,
+        ratio: int = 1,
     ) -> torch.Tensor:
-        """What the ranks get of a hint picture (see `hint_of`)."""
-        return hint_of(self.spec.name, self.kind.takes, image, latent, encode, ratio)
+        """What the ranks get of a hint picture where a model draws `latent` of `space`."""
+        if self.kind.takes == "pixels":
+            return pixel_hint(image, space.whole_pixels(latent.shape))
+        return latent_hint(self.spec.name, image, latent, encode, ratio)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,6 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 
-PIXELS_PER_LATENT = 8
-TOKEN_SIDE = 2  # latent pixels
-
 Encoder = Callable[[torch.Tensor], torch.Tensor]  # (B, H, W, 3) in 0..1 to unscaled latents
 
 
@@ -29,28 +26,28 @@ def check_picture(image: Any) -> None:
         )
 
 
-def hint_of(
-    name: str, takes: str, image: torch.Tensor, latent: torch.Tensor, encode: Encoder | None, ratio: int
+def pixel_hint(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The hint of a ControlNet that takes pictures: (B, H, W, 3 or more) scaled to (B, 3, *size)."""
+    return scaled(_channels_first(image), *size).contiguous()
+
+
+def latent_hint(
+    name: str, image: torch.Tensor, latent: torch.Tensor, encode: Encoder, ratio: int
 ) -> torch.Tensor:
-    """The hint as `AppliedControlNet` has it: scaled to the picture that is drawn, and encoded if need be.
+    """The hint of a ControlNet that takes latents: scaled to the picture that is drawn, and encoded.
 
     Args:
         name: of the ControlNet, for messages.
-        takes: what it takes, "latents" or "pixels".
         image: (B, H, W, 3 or more) in 0..1.
         latent: what is drawn, (B, C, H, W).
-        encode: the VAE's; None where the ControlNet takes pictures.
+        encode: the VAE's.
         ratio: pixels per latent pixel of that VAE.
 
     Raises:
         InvalidInput: the VAE gives something else than latents of this model.
     """
     height, width = latent.shape[-2:]
-    picture = image[..., :3].movedim(-1, 1).float()
-    if takes == "pixels":
-        down, across = (-(-side // TOKEN_SIDE) * TOKEN_SIDE * PIXELS_PER_LATENT for side in (height, width))
-        return scaled(picture, down, across).contiguous()
-    hint = encode(scaled(picture, height * ratio, width * ratio).movedim(1, -1))
+    hint = encode(scaled(_channels_first(image), height * ratio, width * ratio).movedim(1, -1))
     hint = hint.float()
     if hint.ndim != 4 or hint.shape[1:] != latent.shape[1:]:
         raise InvalidInput(
@@ -63,6 +60,10 @@ def hint_of(
             "fp32 or bf16."
         )
     return hint.contiguous()
+
+
+def _channels_first(image: torch.Tensor) -> torch.Tensor:
+    return image[..., :3].movedim(-1, 1).float()
 
 
 def scaled(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:

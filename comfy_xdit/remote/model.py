@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from comfy_xdit.planning.calls import Calls
+from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import (
     NO_PATCHES,
@@ -44,6 +45,10 @@ class RemoteModel(Remote):
     patches: PatchSet = field(default=NO_PATCHES, repr=False)
     pictures: tuple[PicturePrompt, ...] = field(default=(), repr=False)
     calls: Calls = field(default_factory=Calls, repr=False)
+
+    def described(self, interrupted: Interrupt | None = None) -> ModelDescription:
+        """What the ranks say of the model; they load it if they have not yet."""
+        return ModelDescription.of(self.info or self.load(interrupted))
 
     def check_lora(self, file: LoraFile, interrupted: Interrupt | None = None) -> dict[str, Any]:
         """What `file` changes of this model (see `CheckLora`); nothing is changed yet.
@@ -168,11 +173,14 @@ class RemoteModel(Remote):
 
     def _note(self, word: type, latent: torch.Tensor, *loop: Any) -> None:
         """The last call of this kind teaches the planner."""
-        if self.spec.comfyui is not None:  # whose shape says nothing of its time yet
+        if not self.info:  # of a handle that called without loading
+            return
+        described = self.described()
+        if described.comfyui:  # whose shape says nothing of its time yet
             return
         group = worker_group(self.parallel)
         timing = group.timings.get(word.__name__)
-        self.calls.note(self.info, group.parallel, timing, tuple(latent.shape), *loop)
+        self.calls.note(described, group.parallel, timing, tuple(latent.shape), *loop)
 
 
 def _refuse_pipefusion(parallel: ParallelConfig, control: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comfy_xdit.headless import conversion
+from comfy_xdit.protocol.description import LatentSpace
 from comfy_xdit.remote.prompt import parse_weights
 
 MODULES = ("latent_formats", "sample", "sampler_helpers", "sd1_clip")
@@ -41,9 +42,22 @@ def test_mask(comfy, samples, shape):
 @pytest.mark.parametrize("family", ["SD3", "Flux"])
 def test_latent_format(comfy, samples, family):
     theirs = getattr(comfy.latent_formats, family)()
-    ours = {"scale_factor": theirs.scale_factor, "shift_factor": theirs.shift_factor}
-    assert torch.equal(conversion.scaled(samples, ours), theirs.process_in(samples))
-    assert torch.equal(conversion.unscaled(samples, ours), theirs.process_out(samples))
+    ours = LatentSpace(16, scale=theirs.scale_factor, mean=(theirs.shift_factor,))
+    assert torch.equal(ours.scaled(samples), theirs.process_in(samples))
+    assert torch.equal(ours.unscaled(samples), theirs.process_out(samples))
+
+
+@pytest.mark.parametrize("family", ["Wan21", "Wan22", "Mochi", "HunyuanVideo", "LTXV"])
+def test_latent_format_of_videos(comfy, family):
+    theirs = getattr(comfy.latent_formats, family)()
+    channels, given = theirs.latent_channels, vars(theirs)
+    mean, std = (
+        tuple(given.get(n, torch.empty(0)).flatten().tolist()) for n in ("latents_mean", "latents_std")
+    )
+    ours = LatentSpace(channels, theirs.latent_dimensions, scale=theirs.scale_factor, mean=mean, std=std)
+    video = torch.randn(2, channels, 3, 5, 7, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(ours.scaled(video), theirs.process_in(video))
+    assert torch.equal(ours.unscaled(video), theirs.process_out(video))
 
 
 def test_prompt_weights_of_random_texts(comfy):

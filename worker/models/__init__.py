@@ -5,7 +5,7 @@ What other rooms use of it is here; what needs ComfyUI, in `worker.models.comfyu
 
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Shapes
-from worker.models.base import PATCH, ModelFamily, to_whole_patches
+from worker.models.base import ModelFamily, to_whole_patches
 from worker.models.controlnet import CONTROLNETS, ControlNetFamily
 from worker.models.flux.family import Flux
 from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
@@ -15,16 +15,21 @@ __all__ = [
     "CONTROLNETS",
     "FAMILIES",
     "IMAGE_OUTPUTS",
-    "PATCH",
     "Acting",
     "ControlNetFamily",
     "IPAdapter",
     "ModelFamily",
     "detect",
+    "in_diffusers",
     "to_whole_patches",
 ]
 
 FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux())
+
+
+def in_diffusers(configuration: str) -> bool:
+    """Whether a family here covers the models that ComfyUI calls so."""
+    return any(configuration in family.configurations for family in FAMILIES)
 
 
 def detect(shapes: Shapes, path: str) -> ModelFamily:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from comfy_xdit.protocol.description import LatentSpace, PromptPart
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import Sampling
 from worker.checkpoints import Shapes, Source
@@ -17,15 +18,7 @@ from worker.models.ip_adapter import IPAdapter
 from worker.parallel import Plan
 
 MAX_BLOCKS = 200  # of one kind; the largest published models have some sixty
-PATCH = 2  # latent pixels per side of a token, of every family here
-
-
-@dataclass(frozen=True)
-class LatentFormat:
-    """scaled = (latent - shift_factor) * scale_factor; ComfyUI's constants of the family."""
-
-    scale_factor: float
-    shift_factor: float
+PATCH = 2  # latent pixels per side of a token of `packed`
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,10 @@ class ModelFamily(ABC):
 
     name: str
     native: str  # a tensor that a file in the original release's naming has, and no other
+    configurations: frozenset[str]  # ComfyUI's names of the models that this family covers
     plan: Plan
-    latent_format: LatentFormat
+    text_tokens: int  # a prompt's usual length
+    products: float = 12.0  # multiplications per token and block, in units of width squared
     guided: bool = True  # by a second, negative prompt; False where guidance is distilled into the model
     # Which blocks ComfyUI adds each list of ControlNet residuals after.
     control: dict[str, str]
@@ -82,8 +77,24 @@ class ModelFamily(ABC):
         """How ComfyUI samples this model."""
 
     @abstractmethod
-    def latent_channels(self, config: dict[str, Any]) -> int:
-        """Channels of the latent the transformer takes."""
+    def latent(self, config: dict[str, Any]) -> LatentSpace:
+        """What the transformer draws, with ComfyUI's constants of the family."""
+
+    @abstractmethod
+    def prompt(self, config: dict[str, Any]) -> tuple[PromptPart, ...]:
+        """What a CONDITIONING must bring."""
+
+    def heads(self, config: dict[str, Any]) -> int:
+        """Attention heads."""
+        return config["num_attention_heads"]
+
+    def width(self, config: dict[str, Any]) -> int:
+        """Numbers per token between blocks."""
+        return self.heads(config) * config["attention_head_dim"]
+
+    def dual(self, config: dict[str, Any]) -> int:
+        """Blocks whose image tokens attend to each other a second time."""
+        return 0
 
     @abstractmethod
     def call(
@@ -121,13 +132,13 @@ class ModelFamily(ABC):
         return value
 
 
-def to_whole_patches(x: torch.Tensor) -> torch.Tensor:
-    """Pad height and width to whole patches, circularly as ComfyUI does."""
-    height, width = x.shape[-2:]
-    down, right = -height % PATCH, -width % PATCH
-    if not (down or right):
+def to_whole_patches(x: torch.Tensor, patch: Sequence[int]) -> torch.Tensor:
+    """Pad the last dimensions to whole patches of so many elements, circularly as ComfyUI does."""
+    behind = [-size % part for size, part in zip(x.shape[-len(patch) :], patch, strict=True)]
+    if not any(behind):
         return x
-    return torch.nn.functional.pad(x, (0, right, 0, down), mode="circular")
+    around = [side for size in reversed(behind) for side in (0, size)]
+    return torch.nn.functional.pad(x, around, mode="circular")
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:

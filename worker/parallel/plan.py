@@ -165,6 +165,14 @@ class Plan:
     patched: str = ""
     skips: Callable[[int, int], int | None] | None = None
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that are cut, in the order they are named."""
+        blocks = (plan for region in self.regions for plan in region.blocks.values())
+        cut = (carrier for plan in blocks for carrier in plan.cut.values())
+        each = (one for carrier in cut for one in (carrier if isinstance(carrier, tuple) else (carrier,)))
+        return tuple(dict.fromkeys(name for one in each for name in one.streams.split()))
+
 
 class PlanMismatch(InvalidInput):
     """The model is not the one its plan was written for, or brings what cannot be split."""

@@ -15,7 +15,6 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from worker.loop import Run
-from worker.models import to_whole_patches
 from worker.parallel import Announcement, Patches, RankGroups, Shard
 from worker.sampling.guidance import Guidance
 from worker.sampling.patch_sampler import PatchSampler
@@ -244,7 +243,7 @@ def _checked_tokens(batches: list[Batch], transformer: Transformer, groups: Rank
             "reference latents under PipeFusion are not in this version; set pipefusion_degree to 1 and "
             "ulysses_degree instead."
         )
-    x = to_whole_patches(batches[0].x)
+    x = transformer.whole_patches(batches[0].x)
     call = transformer.family.call(transformer.config, x, batches[0].timestep, batches[0].conditions)
     tokens = call.image_tokens
     if tokens < degrees.stages:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from comfy_xdit.protocol.description import LatentSpace, ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Residuals
 from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint
+from worker.models import in_diffusers
 from worker.models.comfyui.building import blocks, build, fill, materialise, outline
 from worker.models.comfyui.detection import Detected, detect
 from worker.models.comfyui.proof import prove
@@ -30,6 +32,8 @@ from worker.transformer.interface import Latents
 ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT"})
 AROUND = ("preprocess_text_embeds",)
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
+# Of most classes: a prompt's usual length, and multiplications per token and block in width squared.
+TEXT_TOKENS, PRODUCTS = 512, 12.0
 WIDTH = ("hidden_size", "dim", "inner_dim", "model_channels", "model_dim", "embed_dim", "hidden_dim")
 
 
@@ -85,29 +89,32 @@ class ComfyUITransformer:
         return ShardedWeights(module, blocks(module), self._degrees.shards, self._detected.dtype)
 
     def describe(self) -> dict[str, Any]:
-        """What the host needs to know: plain values only. The twin knows the rest."""
-        detected, config = self._detected, self._detected.config
-        unet, latent = config.unet_config, config.latent_format
-        names = blocks(self._outline.diffusion_model)
-        told = {
-            "family": self.name,
-            "comfyui": True,
-            "latent_channels": latent.latent_channels,
-            "latent_dimensions": latent.latent_dimensions,
-            "heads": next((unet[name] for name in HEADS if isinstance(unet.get(name), int)), None),
-            "width": next((unet[name] for name in WIDTH if isinstance(unet.get(name), int)), None),
-            "blocks": len(names),
-            "rows_apart": self.name not in ROWS_TOGETHER,
+        """What the host needs to know, as `ModelDescription.of` reads it. The twin knows the rest."""
+        detected, unet = self._detected, self._detected.config.unet_config
+        module, latent = self._outline.diffusion_model, detected.config.latent_format
+        compression = getattr(latent, "spacial_downscale_ratio", None)  # which old versions do not say
+        return ModelDescription(
+            family=self.name,
+            comfyui=True,
+            latent=LatentSpace(latent.latent_channels, latent.latent_dimensions, compression, patch=()),
+            sampling=None,
+            prompt=(),
             # Guidance that is distilled into a model leaves nothing to spread over two prompts.
-            "cfg": not unet.get("guidance_embed", False),
-            "stored": str(self._checkpoint.common_dtype()).removeprefix("torch."),
-            "dtype": str(detected.dtype).removeprefix("torch."),
-            "manual_cast": detected.manual_cast and str(detected.manual_cast).removeprefix("torch."),
-            "quantised": detected.quantised,
-            "parameters": sum(math.prod(t.shape) for t in detected.tensors.values()),
-            "spread": False,
-        }
-        return {name: value for name, value in told.items() if value is not None}
+            guided=not unet.get("guidance_embed", False),
+            rows_apart=self.name not in ROWS_TOGETHER,
+            heads=next((unet[name] for name in HEADS if isinstance(unet.get(name), int)), None),
+            width=next((unet[name] for name in WIDTH if isinstance(unet.get(name), int)), None),
+            blocks=len(blocks(module)),
+            dual=0,
+            streams=_streams(module),
+            text_tokens=TEXT_TOKENS,
+            products=PRODUCTS,
+            parameters=sum(math.prod(t.shape) for t in detected.tensors.values()),
+            stored=_name(self._checkpoint.common_dtype()),
+            dtype=_name(detected.dtype),
+            manual_cast=detected.manual_cast and _name(detected.manual_cast),
+            quantised=detected.quantised,
+        ).plain()
 
     def _detect(self) -> Detected:
         return detect(self._checkpoint, self._path, self._weight_dtype, self._groups.device)
@@ -176,7 +183,7 @@ class ComfyUITransformer:
         )
 
     def _remedy(self, what: str) -> str:
-        if type(self._detected.config).__name__ in ("Flux", "FluxSchnell", "SD3"):
+        if in_diffusers(type(self._detected.config).__name__):
             return "Set weight_dtype to bf16, or choose a file in fp16 or bf16."
         return f"Use stock nodes instead of {what}."
 
@@ -260,3 +267,15 @@ class ComfyUITransformer:
             f"{Path(self._path).name}: {why}. Set both to 1, and cfg_parallel_degree, data_parallel_degree "
             "or shard_weights instead."
         )
+
+
+def _streams(module: torch.nn.Module) -> tuple[str, ...]:
+    """Those of its plan, where it has one."""
+    try:
+        return plan_of(module).streams
+    except PlanMismatch:
+        return ()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -16,14 +16,14 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from comfy_xdit.protocol.controlnet_files import ControlNetKind, kind_of
+from comfy_xdit.protocol.description import LatentSpace
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet, Residuals
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.checkpoints import Checkpoint, Shapes, check_complete, read_json
-from worker.models import CONTROLNETS, PATCH, ControlNetFamily, ModelFamily, to_whole_patches
+from worker.models import CONTROLNETS, ControlNetFamily, ModelFamily, to_whole_patches
 from worker.parallel import RankGroups, SpreadTokens, ring_kernel
 
-PIXELS_PER_LATENT = 8
 HINT_CONDITIONS = ("context", "y", "guidance")  # what a ControlNet reads of a call's conditions
 # What must be as in the transformer, and what to call it.
 FITS = {
@@ -52,6 +52,7 @@ class Model(Protocol):
 
     family: ModelFamily
     config: dict[str, Any]
+    latent: LatentSpace
     module: nn.Module
     dtype: torch.dtype
 
@@ -65,7 +66,7 @@ class FittedControlNet:
 
     def __init__(self, spec: ControlNet, transformer: Model, groups: RankGroups):
         self.name, self._groups, self.dtype = spec.name, groups, transformer.dtype
-        self._family = transformer.family
+        self._family, self._latent = transformer.family, transformer.latent
         if groups.degrees.stages > 1:
             raise InvalidInput(
                 f"{self.name}: a ControlNet's residuals are for the whole picture at one step, and under "
@@ -132,8 +133,7 @@ class FittedControlNet:
         height, width = x.shape[-2:]
         wanted = x.shape[1:]
         if self.kind.takes == "pixels":
-            whole = (-(-side // PATCH) * PATCH * PIXELS_PER_LATENT for side in (height, width))
-            wanted = torch.Size((3, *whole))
+            wanted = torch.Size((3, *self._latent.whole_pixels(x.shape)))
         hint = applied.hint
         if hint.ndim != 4 or hint.shape[1:] != wanted or hint.shape[0] not in (1, x.shape[0]):
             raise InvalidInput(
@@ -145,10 +145,12 @@ class FittedControlNet:
                 f"the hint for {self.name} holds values that are not finite; check the picture."
             )
         positions = self.config.get("pos_embed_max_size")
-        if positions is not None and max(to_whole_patches(x).shape[-2:]) > positions * PATCH:
+        patch = self._latent.patch
+        if positions is not None and max(to_whole_patches(x, patch).shape[-2:]) > positions * patch[-1]:
+            most = positions * patch[-1]
             raise InvalidInput(
-                f"the latent is {width} x {height}, and {self.name} has positions for {positions * PATCH} x "
-                f"{positions * PATCH}; draw a smaller picture."
+                f"the latent is {width} x {height}, and {self.name} has positions for {most} x {most}; "
+                "draw a smaller picture."
             )
 
     def residuals(
@@ -182,10 +184,11 @@ class FittedControlNet:
         if self.kind.takes == "pixels":
             hint = hint * 2.0 - 1.0
         else:
-            scale = self._family.latent_format
+            latent = self._latent
             # Whoever leaves the pooled prompt out leaves the shift of latents out as well.
-            shift = 0.0 if self.config.get("force_zeros_for_pooled_projection") else scale.shift_factor
-            hint = to_whole_patches((hint - shift) * scale.scale_factor)
+            if self.config.get("force_zeros_for_pooled_projection"):
+                latent = replace(latent, mean=())
+            hint = to_whole_patches(latent.scaled(hint), latent.patch)
         return hint.to(self.dtype).expand(x.shape[0], -1, -1, -1)
 
 

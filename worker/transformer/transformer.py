@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
+from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Residuals
 from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint, check_complete, not_finite, read_json
-from worker.models import PATCH, ModelFamily, detect, to_whole_patches
+from worker.models import ModelFamily, detect, to_whole_patches
 from worker.parallel import (
     Degrees,
     Mesh,
@@ -42,7 +43,8 @@ class Transformer:
         checkpoint = Checkpoint.at(folder)
         self.family: ModelFamily = detect(checkpoint.shapes, spec.path)
         self.config = self._config(checkpoint, folder)
-        _check_heads(self.family.name, self.config["num_attention_heads"], degrees)
+        self.latent = self.family.latent(self.config)
+        _check_heads(self.family.name, self.family.heads(self.config), degrees)
         self.dtype = _dtype(spec.weight_dtype, checkpoint, groups.device)
         if degrees.ring > 1 and groups.device.type == "cuda" and self.dtype == torch.float32:
             raise InvalidInput(
@@ -56,6 +58,7 @@ class Transformer:
         self.loras = LoraFiles.of(self.family, self.config, checkpoint.shapes)
         self.ip_adapters = IPAdapters(self.family, self.config, self.dtype, groups.device)
         self._parameters = sum(p.numel() for p in self.module.parameters())
+        self._blocks = len(block_names(self.module, self.family.plan))
         self.stage: Stage | None = None
         if degrees.stages > 1:
             # A layout that is only asked about has its stages elsewhere: its first one stands for them.
@@ -125,31 +128,30 @@ class Transformer:
         return not_finite(self._checkpoint, keys, self.dtype, self._path)
 
     def describe(self) -> dict[str, Any]:
-        """What the host needs to know: plain values only."""
-        sampling, latent = self.family.sampling(self.config), self.family.latent_format
-        return {
-            "family": self.family.name,
-            "latent_channels": self.family.latent_channels(self.config),
-            "context_dim": self.config["joint_attention_dim"],
-            "pooled_dim": self.config["pooled_projection_dim"],
-            "guidance": bool(self.config.get("guidance_embeds", False)),
-            "heads": self.config["num_attention_heads"],
-            "width": self.config["num_attention_heads"] * self.config["attention_head_dim"],
-            "blocks": self.config["num_layers"] + self.config.get("num_single_layers", 0),
-            "dual": len(self.config.get("dual_attention_layers", ())),
-            "cfg": self.family.guided,
-            "stored": str(self._checkpoint.common_dtype()).removeprefix("torch."),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "parameters": self._parameters,
-            "sampling": {"kind": sampling.kind, "shift": sampling.shift, "multiplier": sampling.multiplier},
-            "latent_format": {
-                "scale_factor": latent.scale_factor,
-                "shift_factor": latent.shift_factor,
-            },
-        }
+        """What the host needs to know, as `ModelDescription.of` reads it."""
+        family, config = self.family, self.config
+        return ModelDescription(
+            family=family.name,
+            comfyui=False,
+            latent=self.latent,
+            sampling=family.sampling(config),
+            prompt=family.prompt(config),
+            guided=family.guided,
+            rows_apart=True,
+            heads=family.heads(config),
+            width=family.width(config),
+            blocks=self._blocks,
+            dual=family.dual(config),
+            streams=family.plan.streams,
+            text_tokens=family.text_tokens,
+            products=family.products,
+            parameters=self._parameters,
+            stored=str(self._checkpoint.common_dtype()).removeprefix("torch."),
+            dtype=str(self.dtype).removeprefix("torch."),
+        ).plain()
 
     def _predict(self, batch: Batch) -> torch.Tensor:
-        """The transformer's output, (B, C, H, W) in the dtype of x. All sequence ranks call it alike."""
+        """The transformer's output, shaped like x and in its dtype. All sequence ranks call it alike."""
         parts, whole = self._net_residuals(batch)
         with (
             self._control.of([batch.control, whole], parts),
@@ -159,11 +161,16 @@ class Transformer:
 
     def predict_plain(self, batch: Batch) -> torch.Tensor:
         """The same without ControlNets and IP-Adapters: also what a stage of a pipeline runs a part of."""
-        height, width = batch.x.shape[-2:]
-        padded = to_whole_patches(batch.x.to(self.dtype))
+        padded = self.whole_patches(batch.x.to(self.dtype))
         call = self.family.call(self.config, padded, batch.timestep, batch.conditions)
         (sample,) = self.module(**call.kwargs, return_dict=False)
-        return self.family.output(self.config, sample, padded)[..., :height, :width].to(batch.x.dtype)
+        output = self.family.output(self.config, sample, padded)
+        sizes = (slice(size) for size in batch.x.shape[2:])
+        return output[(..., *sizes)].to(batch.x.dtype)
+
+    def whole_patches(self, x: torch.Tensor) -> torch.Tensor:
+        """A latent with all of its tokens."""
+        return to_whole_patches(x, self.latent.patch)
 
     def predict_batch(self, batch: Batch) -> torch.Tensor:
         """The transformer's output, shaped like x.
@@ -218,11 +225,10 @@ class Transformer:
         nets: Sequence[NetCall] = (),
     ) -> dict[str, Any]:
         """The conditions that are set. Raises InvalidInput before any rank has begun to compute."""
-        channels = self.family.latent_channels(self.config)
-        if x.ndim != 4 or x.shape[1] != channels:
+        if not self.latent.fits(x):
             raise InvalidInput(
-                f"the latent has shape {tuple(x.shape)}, {self.family.name} takes (batch, {channels}, "
-                f"height, width); make it with an empty latent node for {channels} channels."
+                f"the latent has shape {tuple(x.shape)}, {self.family.name} takes {self.latent.shape}; make "
+                f"it with an empty latent node for {self.latent.channels} channels."
             )
         if not torch.isfinite(x).all():
             raise InvalidInput(
@@ -232,8 +238,8 @@ class Transformer:
         lengths = {name: value for name, value in conditions.items() if name == LENGTHS and value is not None}
         conditions = {name: value for name, value in conditions.items() if name != LENGTHS}
         conditions = self.family.check_conditions(conditions)
-        call = self.family.call(self.config, to_whole_patches(x), x.new_zeros(x.shape[0]), conditions)
-        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        call = self.family.call(self.config, self.whole_patches(x), x.new_zeros(x.shape[0]), conditions)
+        width = self.family.width(self.config)
         check_residuals(control, self.family.control, x.shape[0], call.image_tokens, width)
         for net in nets:
             net.net.check(x, net)
@@ -243,12 +249,12 @@ class Transformer:
         """What ControlNets in the ranks add to this rank's image tokens, and what they add to all."""
         if not batch.nets:
             return {}, {}
-        x = to_whole_patches(batch.x.to(self.dtype))
+        x = self.whole_patches(batch.x.to(self.dtype))
         tokens = self.family.call(self.config, x, batch.timestep, batch.conditions).image_tokens
         residuals = summed(
             [net.net.residuals(x, batch.timestep, batch.conditions, net) for net in batch.nets]
         )
-        if self._tokens is None or tokens == x.shape[-2] * x.shape[-1] // PATCH**2:
+        if self._tokens is None or tokens == self.latent.tokens(x.shape):
             return residuals, {}
         # Reference latents follow the picture, and other ranks have other parts of it than of its hint.
         return {}, batch.nets[0].net.whole(residuals)

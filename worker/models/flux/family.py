@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from comfy_xdit.protocol.description import LatentSpace, PromptPart
+from comfy_xdit.protocol.sampling import Sampling
 from worker.checkpoints import Shapes, Source
 from worker.models.base import (
     PATCH,
     Call,
-    LatentFormat,
     ModelFamily,
-    Sampling,
     depth,
     packed,
     rows,
@@ -30,14 +30,16 @@ from worker.models.flux.ip_adapter import FluxIPAdapter
 from worker.models.flux.tokens import reference_tokens, token_ids
 from worker.models.plans import diffusers as plans
 
+DEFAULT_GUIDANCE = 3.5  # what ComfyUI gives it where no FluxGuidance node is in the graph
 MLP_RATIO = 4  # of every FLUX.1, and the only one diffusers' class has
 
 
 class Flux(ModelFamily):
     name = "flux"
     native = "double_blocks.0.img_attn.qkv.weight"
+    configurations = frozenset({"Flux", "FluxSchnell"})
     plan = plans.FLUX
-    latent_format = LatentFormat(scale_factor=0.3611, shift_factor=0.1159)
+    text_tokens = 512
     guided = False
     control: ClassVar = {"input": "transformer_blocks", "output": "single_transformer_blocks"}
     ip_adapter = FluxIPAdapter
@@ -115,8 +117,14 @@ class Flux(ModelFamily):
             return Sampling("flux", shift=1.15, multiplier=1.0)
         return Sampling("discrete_flow", shift=1.0, multiplier=1.0)  # schnell
 
-    def latent_channels(self, config: dict[str, Any]) -> int:
-        return config["in_channels"] // PATCH**2
+    def latent(self, config: dict[str, Any]) -> LatentSpace:
+        patch = (PATCH, PATCH)
+        return LatentSpace(config["in_channels"] // PATCH**2, patch=patch, scale=0.3611, mean=(0.1159,))
+
+    def prompt(self, config: dict[str, Any]) -> tuple[PromptPart, ...]:
+        parts = PromptPart("context"), PromptPart("y", "pooled_output")
+        guidance = PromptPart("guidance", "guidance", DEFAULT_GUIDANCE)
+        return (*parts, guidance) if config["guidance_embeds"] else parts
 
     def call(
         self, config: dict[str, Any], x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]

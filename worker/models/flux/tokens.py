@@ -74,7 +74,7 @@ def reference_tokens(
                 f"a reference latent has shape {tuple(latent.shape)}, the picture's is {tuple(x.shape)}: "
                 "batch and channels must be the same; encode the reference with the VAE of this model."
             )
-        tokens = packed(to_whole_patches(latent.to(x.dtype)))
+        tokens = packed(to_whole_patches(latent.to(x.dtype), (PATCH, PATCH)))
         moved = rope if rope.get("references") else {}
         yield tokens, token_ids(latent.shape, x.device, moved, index, down, right)
 

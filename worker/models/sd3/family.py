@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from comfy_xdit.protocol.description import LatentSpace, PromptPart
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.sampling import Sampling
 from worker.checkpoints import Shapes, Source
 from worker.models.base import (
     Call,
-    LatentFormat,
     ModelFamily,
-    Sampling,
     depth,
     rows,
     swapped,
@@ -33,8 +33,9 @@ HEAD_DIM = 64  # of every published SD3; read from the tensors where there is a 
 class SD3(ModelFamily):
     name = "sd3"
     native = "joint_blocks.0.context_block.attn.qkv.weight"
+    configurations = frozenset({"SD3"})
     plan = plans.SD3
-    latent_format = LatentFormat(scale_factor=1.5305, shift_factor=0.0609)
+    text_tokens = 333
     control: ClassVar = {"output": "transformer_blocks"}
     ip_adapter = SD3IPAdapter
     conditions = frozenset({"context", "y"})
@@ -85,8 +86,15 @@ class SD3(ModelFamily):
     def sampling(self, config: dict[str, Any]) -> Sampling:
         return Sampling("discrete_flow", shift=3.0, multiplier=1000.0)
 
-    def latent_channels(self, config: dict[str, Any]) -> int:
-        return config["in_channels"]
+    def latent(self, config: dict[str, Any]) -> LatentSpace:
+        patch = (config["patch_size"],) * 2
+        return LatentSpace(config["in_channels"], patch=patch, scale=1.5305, mean=(0.0609,))
+
+    def prompt(self, config: dict[str, Any]) -> tuple[PromptPart, ...]:
+        return PromptPart("context"), PromptPart("y", "pooled_output")
+
+    def dual(self, config: dict[str, Any]) -> int:
+        return len(config["dual_attention_layers"])
 
     def call(
         self, config: dict[str, Any], x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]
