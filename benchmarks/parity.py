@@ -84,9 +84,9 @@ def one_step(
 ) -> torch.Tensor:
     """The transformer's output out of a run of one Euler step to sigma 0, which is x - sigma * output."""
     noise, sigmas = x / SIGMA, torch.tensor([SIGMA, 0.0])
-    multiplier = float(timestep[0]) / SIGMA
+    timesteps = torch.stack([timestep[0], timestep.new_zeros(())])
     request = Sample(
-        remote.spec, "euler", sigmas, torch.zeros_like(x), noise, 1.0, given, None, multiplier
+        remote.spec, "euler", sigmas, torch.zeros_like(x), noise, 1.0, given, None, timesteps
     )  # fmt: skip
     return (x - remote.sample(request)) / SIGMA
 
@@ -123,7 +123,7 @@ def twenty_steps(model: TinyModel, parallel: ParallelConfig) -> float:
         CFG,
         positive,
         negative,
-        multiplier(model),
+        sigmas * multiplier(model),
     )
     return tiny.relative_l2(remote.sample(request) - noise, x - noise)
 

@@ -57,8 +57,9 @@ def loop(remote: RemoteModel, model: tiny.TinyModel) -> None:
     noise = torch.randn(LATENT, generator=torch.Generator().manual_seed(1))
     given = tiny.conditions(model.family, model.config, TEXT, LATENT[0])
     sigmas = torch.linspace(1.0, 0.0, 3)
+    timesteps = sigmas * multiplier(model)
     remote.sample(
-        Sample(remote.spec, "euler", sigmas, torch.zeros(LATENT), noise, 1.0, given, None, multiplier(model))
+        Sample(remote.spec, "euler", sigmas, torch.zeros(LATENT), noise, 1.0, given, None, timesteps)
     )
 
 

@@ -116,10 +116,11 @@ class Problem:
         """A loop in our ranks."""
         remote = RemoteModel(ModelSpec.of(self.folder / "transformer", "transformer"), way.layout)
         noise = self.noise[: way.batch]
+        sigmas = torch.linspace(1.0, 0.0, (way.steps or STEPS[self.tokens]) + 1)
         request = Sample(
-            remote.spec, "euler", torch.linspace(1.0, 0.0, (way.steps or STEPS[self.tokens]) + 1),
+            remote.spec, "euler", sigmas,
             torch.zeros_like(noise), noise, CFG if way.guided else 1.0, self.rows(way.batch),
-            {name: value[1:] for name, value in self.given.items()} if way.guided else None, 1.0,
+            {name: value[1:] for name, value in self.given.items()} if way.guided else None, sigmas,
         )  # fmt: skip
 
         def run() -> float:

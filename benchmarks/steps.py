@@ -48,7 +48,7 @@ def loops(file: Path, parallel: ParallelConfig) -> dict[str, Loop]:
     given = tiny.conditions(SD3(), CONFIG, TOKENS)
     sigmas = torch.linspace(1.0, 0.0, STEPS + 1)
     request = Sample(
-        remote.spec, "euler", sigmas, torch.zeros_like(noise), noise, 1.0, given, None, MULTIPLIER
+        remote.spec, "euler", sigmas, torch.zeros_like(noise), noise, 1.0, given, None, sigmas * MULTIPLIER
     )
 
     def host() -> torch.Tensor:

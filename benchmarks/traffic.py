@@ -77,7 +77,7 @@ def _run(
     given = tiny.conditions(Flux(), CONFIG, TEXT)
     sigmas = torch.linspace(1.0, 0.0, steps + 1)
     spec = ModelSpec.of(file, "transformer")
-    plain = Sample(spec, "euler", sigmas, torch.zeros_like(noise), noise, 1.0, given, None, 1.0)
+    plain = Sample(spec, "euler", sigmas, torch.zeros_like(noise), noise, 1.0, given, None, sigmas)
     group.call(replace(plain, image_prompts=pictures))
     ranks = range(group.parallel.world_size)
     return [sum(json.loads((counts / f"{rank}.json").read_text()).values()) for rank in ranks]

@@ -7,7 +7,7 @@ DESCRIBED = ModelDescription(
     family="anything",
     comfyui=False,
     latent=LatentSpace(4, compression=8, patch=(4, 4)),
-    sampling=Sampling("discrete_flow", 3.0, 1000.0),
+    sampling=Sampling("flow", 3.0, 1000.0),
     prompt=(PromptPart("context"), PromptPart("y", "pooled_output")),
     guided=True,
     rows_apart=True,

@@ -149,7 +149,7 @@ def euler_run(
     transformer: StaleTransformer,
     noise: torch.Tensor,
     sigmas: torch.Tensor,
-    multiplier: float,
+    timesteps: torch.Tensor,
     spans: list[tuple[int, int]],
     warmup: int,
     cfg: float | None = None,
@@ -163,7 +163,7 @@ def euler_run(
     for i in range(len(sigmas) - 1):
         everything = (0, spans[-1][1])
         for span in [everything] if i < warmup else spans:
-            t = (sigmas[i] * multiplier).expand(1)
+            t = timesteps[i].expand(1)
             out = transformer.tokens(0, x, t, span, i < warmup)
             if cfg is not None:
                 without = transformer.tokens(1, x, t, span, i < warmup)

@@ -53,7 +53,7 @@ def request(
     negative = tiny.conditions(model.family, model.config, text[1], batch, seed=4) if cfg != 1 else None
     sigmas, spec = torch.linspace(1.0, 0.0, steps + 1), ModelSpec.of(model.file, "transformer")
     return Sample(
-        spec, sampler, sigmas, latent, noise, cfg, positive, negative, multiplier(model), mask
+        spec, sampler, sigmas, latent, noise, cfg, positive, negative, sigmas * multiplier(model), mask
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def plain(model, asked: Sample) -> torch.Tensor:
         kept = sigma * asked.noise + (1 - sigma) * asked.latent
         x = x if asked.mask is None else torch.where(asked.mask > 0, x, kept)
         padded = torch.nn.functional.pad(x, (0, width % 2, 0, height % 2), mode="circular")
-        t = (sigma * asked.multiplier).expand(len(x))
+        t = asked.timesteps[run.wanted.level].expand(len(x))
         sides = [asked.positive] if asked.negative is None else [asked.negative, asked.positive]
         outputs = [tiny.reference(model.family, model.module, padded, t, side) for side in sides]
         output = outputs[0] if len(sides) == 1 else outputs[0] + asked.cfg * (outputs[1] - outputs[0])
@@ -93,7 +93,7 @@ def simulated(model, asked: Sample, patches: int) -> torch.Tensor:
     cfg = None if asked.negative is None else asked.cfg
     with torch.inference_mode():
         return pipefusion_reference.euler_run(
-            transformer, asked.noise, asked.sigmas, asked.multiplier, list(pairwise(cuts)), 1, cfg
+            transformer, asked.noise, asked.sigmas, asked.timesteps, list(pairwise(cuts)), 1, cfg
         )
 
 

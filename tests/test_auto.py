@@ -126,7 +126,7 @@ def test_a_run_is_remembered_and_the_next_plan_knows_it(tiny_models):
 
     x, given = torch.zeros(NOISE), tiny.conditions(model.family, model.config, 7)
     sigmas = torch.linspace(1.0, 0.0, 5)
-    loop = Sample(spec, "euler", sigmas, x, torch.randn(NOISE), 2.0, given, given, 1000.0)
+    loop = Sample(spec, "euler", sigmas, x, torch.randn(NOISE), 2.0, given, given, sigmas * 1000)
     remote.sample(loop)  # the first of a kind is slow, and does not count
     assert Measured.load().seconds(layout, request, machine(TWO.devices)) is None
     remote.sample(loop)

@@ -65,7 +65,9 @@ def denoise(model: RemoteModel, **more: Any) -> torch.Tensor:
 def sampled(model: RemoteModel) -> torch.Tensor:
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     sigmas = torch.linspace(1.0, 0.0, 4)
-    return model.sample(Sample(model.spec, "euler", sigmas, noise * 0, noise, 1.0, given(), None, 1000.0))
+    return model.sample(
+        Sample(model.spec, "euler", sigmas, noise * 0, noise, 1.0, given(), None, sigmas * 1000)
+    )
 
 
 # ---------------------------------------------------------------------- a file that is replaced

@@ -133,7 +133,7 @@ def run_of(model, batch: int = 1) -> Sample:
     sigmas = torch.tensor([1.0, 0.8, 0.6, 0.3, 0.0])
     return Sample(
         ModelSpec.of(model.file, "transformer"), "euler", sigmas, torch.zeros_like(noise), noise, 3.0, *sides,
-        multiplier(model),
+        sigmas * multiplier(model),
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def plain_run(model, asked: Sample, known) -> torch.Tensor:
     """Euler with guidance on plain diffusers."""
     x = asked.noise * asked.sigmas[0]
     for i in range(len(asked.sigmas) - 1):
-        sigma, t = asked.sigmas[i], (asked.sigmas[i] * asked.multiplier).expand(len(x))
+        sigma, t = asked.sigmas[i], asked.timesteps[i].expand(len(x))
         outputs = []
         for given, side in ((asked.positive, asked.positive_nets), (asked.negative, asked.negative_nets)):
             called = [

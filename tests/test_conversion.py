@@ -200,8 +200,9 @@ def test_an_empty_latent_is_not_shifted():
 
 def test_the_message_of_a_run():
     message, _ = request(latent_image=latent(noise_mask=torch.ones(1, 8, 8)))
-    assert (message.sampler, message.cfg, message.multiplier) == ("euler", 3.0, 1000.0)
+    assert (message.sampler, message.cfg, message.prediction) == ("euler", 3.0, "flow")
     assert message.sigmas.shape == (5,)
+    assert torch.equal(message.timesteps, message.sigmas * 1000)
     assert message.positive["context"].shape[0] == message.negative["y"].shape[0] == 2
     assert message.mask.shape == (2, 1, 4, 6)
 

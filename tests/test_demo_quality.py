@@ -66,16 +66,17 @@ def draw(
     for start in range(0, len(captions), BATCH):
         part, control = captions[start : start + BATCH], nets(start)
         noise = torch.randn(len(part), 16, 16, 16, generator=torch.Generator().manual_seed(SEED + start))
+        sigmas = sigmas_of(sampling, "simple", STEPS, 1.0)
         request = Sample(
             spec=model.spec,
             sampler="euler",
-            sigmas=sigmas_of(sampling, "simple", STEPS, 1.0),
+            sigmas=sigmas,
             latent=torch.zeros_like(noise),
             noise=noise,
             cfg=cfg,
             positive=conditions(part),
             negative=conditions([""] * len(part)),
-            multiplier=sampling.multiplier,
+            timesteps=sampling.timesteps(sigmas),
             patches=model.patches,
             positive_nets=control,
             negative_nets=control,

@@ -42,7 +42,7 @@ def long_run(model, steps: int = 400) -> Sample:
     given = tiny.conditions(model.family, model.config, 8)
     sigmas = torch.linspace(1.0, 0.0, steps + 1)
     spec = ModelSpec.of(model.file, "transformer")
-    return Sample(spec, "euler", sigmas, noise * 0, noise, 1.0, given, None, 1000.0, previews=True)
+    return Sample(spec, "euler", sigmas, noise * 0, noise, 1.0, given, None, sigmas * 1000, previews=True)
 
 
 def ends_within(pid: int, seconds: float) -> bool:

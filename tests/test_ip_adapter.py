@@ -157,7 +157,7 @@ def test_a_whole_run_with_a_range_of_steps(model, layout, tmp_path, cfg):
     sides = [(asked.positive, False)] + ([(asked.negative, True)] if asked.negative else [])
     x, whole = asked.noise, base.sample(asked)
     for step, sigma in enumerate(asked.sigmas[:-1]):
-        t, outputs = (sigma * asked.multiplier).expand(1), []
+        t, outputs = asked.timesteps[step].expand(1), []
         for given, negative in sides:
             if step in (2, 3):
                 out = call(model, with_picture, x, t, given, [embeds_of(model, output)], [negative])
@@ -277,7 +277,7 @@ def test_which_rows_are_negative():
         negative_rows([2, 0, 1], 3)
 
 
-@pytest.mark.parametrize("kind, shift", [("discrete_flow", 3.0), ("flux", 1.15)])
+@pytest.mark.parametrize("kind, shift", [("flow", 3.0), ("exponential_flow", 1.15)])
 def test_shares_of_a_run_as_noise_levels(kind, shift):
     sampling = Sampling(kind, shift, 1.0)
     assert [sampling.sigma_at(percent) for percent in (0.0, 1.0)] == [1.0, 0.0]

@@ -2,22 +2,25 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import Sampling
 from comfy_xdit.remote.schedulers import SCHEDULERS, sigmas_of
 
-SD3 = Sampling("discrete_flow", 3.0, 1000.0)
-FLUX = Sampling("flux", 1.15, 1.0)
+SD3 = Sampling("flow", 3.0, 1000.0)
+FLUX = Sampling("exponential_flow", 1.15)
+PIXART = Sampling("discrete", prediction="epsilon", betas=(0.0001, 0.02), even_roots=False)
 HAVE_SCIPY = importlib.util.find_spec("scipy") is not None
 RUNNABLE = [name for name in SCHEDULERS if name != "beta" or HAVE_SCIPY]
 SHORTEST = {"kl_optimal": 2}
 
 
-@pytest.mark.parametrize("sampling", [SD3, FLUX], ids=["sd3", "flux"])
+@pytest.mark.parametrize("sampling", [SD3, FLUX, PIXART], ids=["sd3", "flux", "pixart"])
 @pytest.mark.parametrize("scheduler", RUNNABLE)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
 def test_falls_from_the_most_noise_to_none(scheduler, sampling, steps):
@@ -28,7 +31,7 @@ def test_falls_from_the_most_noise_to_none(scheduler, sampling, steps):
     if scheduler == "ddim_uniform":  # starts below the top, and its stride decides how many steps fit
         assert sampling.sigma_min < sigmas[0] <= sampling.sigma_max
     else:
-        assert sigmas[0] == pytest.approx(sampling.sigma_max, abs=1e-6)
+        assert sigmas[0] == pytest.approx(sampling.sigma_max, rel=1e-5)
 
 
 @pytest.mark.parametrize("scheduler", [n for n in RUNNABLE if n not in ("beta", "ddim_uniform")])
@@ -80,9 +83,40 @@ def test_denoise_zero_is_no_step_at_all():
     assert sigmas_of(SD3, "simple", 20, denoise=0.0).numel() == 0
 
 
-def test_the_sampling_is_read_from_what_the_ranks_say():
-    told = {"sampling": {"kind": "discrete_flow", "shift": 3, "multiplier": 1000}}
-    assert Sampling.of(told) == SD3
+@pytest.mark.parametrize(
+    ("sampling", "given"),
+    [
+        (PIXART, {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
+        (
+            Sampling("discrete", prediction="v"),
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        ),
+    ],
+)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_table_is_that_of_diffusers(sampling, given, zero_snr):
+    signal = DDIMScheduler(**given, rescale_betas_zero_snr=zero_snr).alphas_cumprod[:-1].double()
+    ours = replace(sampling, zero_snr=zero_snr).table
+    expected = ((1 - signal) / signal).sqrt()
+    assert ((ours[:-1] - expected) / expected).abs().max() < 2e-4  # theirs is a product in single precision
+
+
+def test_time_and_noise_level_of_a_table_are_inverse():
+    times = torch.tensor([0.0, 1.0, 500.0, 999.0])
+    assert torch.equal(PIXART.time(PIXART.table[[0, 1, 500, 999]]), times)
+    assert torch.allclose(PIXART.sigma(times), PIXART.table[[0, 1, 500, 999]])
+    assert PIXART.table[10] < PIXART.sigma(torch.tensor(10.5)) < PIXART.table[11]
+    assert torch.equal(PIXART.timesteps(PIXART.table), torch.arange(1000.0))
+
+
+def test_shares_of_a_run_of_a_table():
+    assert PIXART.sigma_at(0.0) > PIXART.sigma_max and PIXART.sigma_at(1.0) == 0.0
+    assert PIXART.sigma_at(0.5) == pytest.approx(float(PIXART.table[499:501].log().mean().exp()))
+
+
+def test_whether_a_run_begins_at_the_most_noise():
+    assert PIXART.begins_at_most(sigmas_of(PIXART, "simple", 4))
+    assert not PIXART.begins_at_most(sigmas_of(PIXART, "simple", 4, denoise=0.5))
 
 
 @pytest.mark.parametrize(
@@ -101,8 +135,11 @@ def test_refuses_by_name(arguments, words):
 
 
 def test_an_unknown_kind_of_sampling_is_refused():
-    with pytest.raises(InvalidInput, match="'eps' is not one of discrete_flow, flux"):
-        Sampling("eps", 1.0, 1000.0)
+    with pytest.raises(InvalidInput, match="'cosine' is not one of flow, exponential_flow, discrete"):
+        Sampling("cosine", 1.0, 1000.0)
+    for kind, prediction in (("flow", "v"), ("discrete", "flow")):
+        with pytest.raises(InvalidInput, match=f"'{kind}' does not go with prediction '{prediction}'"):
+            Sampling(kind, prediction=prediction)
 
 
 @pytest.mark.skipif(HAVE_SCIPY, reason="scipy is installed")

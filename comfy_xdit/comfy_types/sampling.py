@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_base import BaseModel
 
 from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
 from comfy_xdit.comfy_types.model import pictures_of, remote_of
@@ -22,11 +24,21 @@ from comfy_xdit.comfy_types.options import rank_options
 from comfy_xdit.comfy_types.patcher import COMPUTE_DTYPE, RemotePatcher
 from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.nodes.surroundings import SamplerInputs
+from comfy_xdit.protocol.description import LatentSpace
 from comfy_xdit.protocol.errors import NotInTheLoop
 from comfy_xdit.protocol.messages import AppliedControlNet, Progress, Sample
 
 # Object patches that the ranks' loop goes by, or that change nothing of what they do (checked before).
 FOLLOWED = ("model_sampling", COMPUTE_DTYPE)
+# How ComfyUI samples what a model predicts, and the functions that say so.
+PREDICTIONS = {
+    "flow": comfy.model_sampling.CONST,
+    "epsilon": comfy.model_sampling.EPS,
+    "v": comfy.model_sampling.V_PREDICTION,
+}
+FORMULAS = ("calculate_input", "calculate_denoised", "noise_scaling", "inverse_noise_scaling")
+# Methods of ComfyUI's models that the ranks' loop stands for.
+AROUND_A_CALL = ("apply_model", "_apply_model", "process_timestep", "scale_latent_inpaint")
 # Entries of a conditioning that change when, where or how strongly it counts.
 SPECIAL_CONDITIONS = {
     "area": "an area",
@@ -59,12 +71,17 @@ def sample_request(
     """KSampler's inputs as one message to the ranks.
 
     Returns:
-        The message, and what turns the answer into the samples of a LATENT: (B, C, H, W), unscaled.
+        The message, and what turns the answer into the samples of a LATENT, unscaled.
 
     Raises:
         NotInTheLoop: something in the inputs the ranks' loop cannot do, and a stock KSampler can.
     """
     remote = remote_of(model)
+    described = remote.described()
+    if described.comfyui:
+        raise NotInTheLoop(
+            f"the ranks' loop is for diffusers' classes, and {described.family} runs in ComfyUI's own"
+        )
     acting = _check_model(model)
     inputs.check()
     schedule = comfy.samplers.KSampler(
@@ -76,7 +93,8 @@ def sample_request(
         inputs.denoise,
         model.model_options,
     )
-    samples, noise, mask = _beginning(model, inputs.latent_image, inputs.seed)
+    samples, noise, mask = _beginning(model, inputs.latent_image, inputs.seed, described.latent)
+    _check_class(model, mask)
 
     def conditions(conditioning: list[Any], name: str) -> dict[str, Any]:
         return acting | _conditions(model, conditioning, name, noise, samples, mask, inputs.seed)
@@ -88,12 +106,12 @@ def sample_request(
         sampler=inputs.sampler_name,
         sigmas=schedule.sigmas,
         latent=samples,
-        noise=noise,
+        noise=noise * getattr(model.get_model_object("model_sampling"), "noise_scale", 1.0),
         cfg=inputs.cfg,
         positive=conditions(inputs.positive, "positive"),
         negative=None if negative is None else conditions(negative, "negative"),
-        multiplier=_multiplier(model),
         mask=mask,
+        **_predicted(model, schedule.sigmas),
         previews=comfy.cli_args.args.preview_method != latent_preview.LatentPreviewMethod.NoPreviews,
         patches=model.weight_patches(),
         positive_nets=positive_nets,
@@ -104,10 +122,21 @@ def sample_request(
 
 
 def _beginning(
-    model: RemotePatcher, latent: dict[str, Any], seed: int
+    model: RemotePatcher, latent: dict[str, Any], seed: int, space: LatentSpace
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The scaled latent, the noise and the mask of a run, as stock makes them."""
-    samples = comfy.sample.fix_empty_latent_channels(model, _plain_samples(latent))
+    """The scaled latent, the noise and the mask of a run, as stock makes them.
+
+    Raises:
+        NotInTheLoop: several latents at once, or of other dimensions than the model's.
+    """
+    samples = latent["samples"]
+    if not isinstance(samples, torch.Tensor):
+        raise NotInTheLoop("the latent is several at once, and the ranks' loop takes one")
+    samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    if samples.ndim != 2 + space.dimensions:
+        raise NotInTheLoop(
+            f"the latent has shape {tuple(samples.shape)}; the ranks' loop takes {space.shape} of this MODEL"
+        )
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     mask = latent.get("noise_mask")
     if mask is not None:
@@ -130,17 +159,6 @@ def progress(model: RemotePatcher, steps: int) -> Callable[[Progress], None]:
         bar.update_absolute(done.step, done.steps, picture)
 
     return show
-
-
-def _plain_samples(latent: dict[str, Any]) -> torch.Tensor:
-    """(B, C, H, W) of a LATENT. Raises NotInTheLoop for videos and for several latents at once."""
-    samples = latent["samples"]
-    if not isinstance(samples, torch.Tensor) or samples.ndim != 4:
-        raise NotInTheLoop(
-            f"the latent has shape {tuple(samples.shape)}; the ranks' loop takes pictures, "
-            "(batch, channels, height, width)"
-        )
-    return samples
 
 
 def _finish(model: RemotePatcher, answer: torch.Tensor) -> torch.Tensor:
@@ -169,19 +187,48 @@ def _check_model(model: RemotePatcher) -> dict[str, Any]:
     return with_references(acting, model.model.diffusion_model)
 
 
-def _multiplier(model: RemotePatcher) -> float:
-    """What turns sigma into the transformer's timestep.
+def _check_class(model: RemotePatcher, mask: torch.Tensor | None) -> None:
+    """Raise NotInTheLoop where ComfyUI's class of the model does more around a call than the ranks' loop."""
+    own = type(model.model)
+    changed = {name for name in AROUND_A_CALL if getattr(own, name) is not getattr(BaseModel, name)}
+    if mask is None:  # without which these do nothing
+        changed.discard("scale_latent_inpaint")
+        if "denoise_mask" in inspect.signature(own.process_timestep).parameters:
+            changed.discard("process_timestep")
+    if changed:
+        raise NotInTheLoop(
+            f"ComfyUI's {own.__name__} has its own {', '.join(sorted(changed))}, which the ranks' loop does "
+            "not know"
+        )
+
+
+def _predicted(model: RemotePatcher, sigmas: torch.Tensor) -> dict[str, Any]:
+    """What of `Sample` the model's sampling says, as a node may have changed it.
 
     Raises:
-        NotInTheLoop: the family, or a node, samples in a way the ranks do not.
+        NotInTheLoop: it samples in a way the ranks do not.
     """
     sampling = model.get_model_object("model_sampling")
-    one = torch.tensor([1.0])
-    if isinstance(sampling, comfy.model_sampling.CONST):
-        whole, half = (float(sampling.timestep(part)) for part in (one, one / 2))
-        if math.isclose(whole, 2 * half):
-            return whole
-    raise NotInTheLoop("the ranks' loop samples flow models, and this MODEL is none")
+    most = len(sigmas) > 0 and (
+        math.isclose(float(sampling.sigma_max), float(sigmas[0]), rel_tol=1e-5)
+        or float(sigmas[0]) > float(sampling.sigma_max)
+    )
+    for prediction, known in PREDICTIONS.items():
+        # Compared by function: a class that inherits may change one.
+        if all(_function(sampling, name) is getattr(known, name) for name in FORMULAS):
+            return {
+                "prediction": prediction,
+                "timesteps": sampling.timestep(sigmas).float(),
+                "sigma_data": float(getattr(sampling, "sigma_data", 1.0)),
+                "most": most,
+            }
+    raise NotInTheLoop(
+        f"the ranks' loop knows {', '.join(PREDICTIONS)} prediction, and this MODEL samples in another way"
+    )
+
+
+def _function(sampling: Any, name: str) -> Any:
+    return getattr(getattr(sampling, name), "__func__", None)
 
 
 def _nets(

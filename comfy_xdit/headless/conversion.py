@@ -145,20 +145,23 @@ def build_sample(
     batch, is_empty = samples.shape[0], samples.count_nonzero() == 0
     positive, negative = inputs.positive, inputs.negative if inputs.guided else None
     hints: Hints = {}
+    sigmas = sigmas_of(sampling, inputs.scheduler, inputs.steps, inputs.denoise)
     request = Sample(
         spec=spec,
         sampler=inputs.sampler_name,
-        sigmas=sigmas_of(sampling, inputs.scheduler, inputs.steps, inputs.denoise),
+        sigmas=sigmas,
         # ComfyUI leaves an empty one empty.
         latent=samples.float().cpu() if is_empty else space.scaled(samples.float().cpu()),
         noise=noise_of(samples, inputs.seed, latent.get("batch_index")).float(),
         cfg=float(inputs.cfg),
         positive=conditions_of(positive, described, batch),
         negative=None if negative is None else conditions_of(negative, described, batch),
-        multiplier=sampling.multiplier,
+        timesteps=sampling.timesteps(sigmas),
         mask=mask_of(latent, samples),
         positive_nets=nets_of(control_of(positive), samples, described, hints),
         negative_nets=() if negative is None else nets_of(control_of(negative), samples, described, hints),
+        prediction=sampling.prediction,
+        most=len(sigmas) > 0 and sampling.begins_at_most(sigmas),
     )
     return request, space.unscaled
 

@@ -198,11 +198,13 @@ class Known:
 class Sample:
     """A whole sampling loop in the ranks.
 
-    `latent` is (B, C, H, W), scaled (latent_format applied); `noise` likewise; `sigmas` is
-    (steps + 1,). `positive` and `negative` are keyword arguments of the transformer; negative is
-    None when cfg is 1. `mask` is 1 where the picture may change. `multiplier` is what turns sigma
-    into the transformer's timestep. `warmup_steps` are those PipeFusion does exactly. `positive_nets` and
-    `negative_nets` are the ControlNets of each side. Answer: the last latent, scaled.
+    `latent` is (B, C, H, W), or (B, C, T, H, W) of videos, as the transformer has it; `noise` likewise;
+    `sigmas` is (steps + 1,). `positive` and `negative` are keyword arguments of the transformer; negative is
+    None when cfg is 1. `timesteps` (steps + 1,) are what the transformer gets for each of `sigmas`. `mask` is
+    1 where the picture may change. `warmup_steps` are those PipeFusion does exactly. `positive_nets` and
+    `negative_nets` are the ControlNets of each side. `prediction` is of sampling.PREDICTIONS; `sigma_data` is
+    the model's, and `most` says that the run begins at its highest noise level: flow models need neither.
+    Answer: the last latent, scaled.
     """
 
     spec: ModelSpec
@@ -213,7 +215,7 @@ class Sample:
     cfg: float
     positive: dict[str, Any]
     negative: dict[str, Any] | None
-    multiplier: float
+    timesteps: torch.Tensor
     mask: torch.Tensor | None = None
     previews: bool = False
     patches: PatchSet = NO_PATCHES
@@ -221,6 +223,9 @@ class Sample:
     positive_nets: tuple[AppliedControlNet, ...] = ()
     negative_nets: tuple[AppliedControlNet, ...] = ()
     image_prompts: tuple[ImagePrompt, ...] = ()
+    prediction: str = "flow"
+    sigma_data: float = 1.0
+    most: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,7 +294,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` of `steps` is done; `preview` is the denoised latent (B, C, H, W), scaled, or None."""
+    """`step` of `steps` is done; `preview` is the denoised latent, scaled, or None."""
 
     step: int
     steps: int

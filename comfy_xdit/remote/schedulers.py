@@ -1,4 +1,4 @@
-"""Noise levels (sigmas) of a sampling run, with the numbers ComfyUI's KSampler uses, for flow models.
+"""Noise levels (sigmas) of a sampling run, with the numbers ComfyUI's KSampler uses.
 
 Every schedule walks over a table of the noise levels the model was trained on, or over the range
 between its ends. The names are ComfyUI's, so that a shared workflow means the same here.
@@ -58,16 +58,22 @@ def _ending_in_zero(sigmas: torch.Tensor) -> torch.Tensor:
 
 
 def _normal(sampling: Sampling, steps: int) -> torch.Tensor:
-    # ComfyUI takes sigma itself for the time at both ends, so the shift acts twice on the last one.
-    last = float(sampling.sigma(torch.tensor(sampling.sigma_min)))
-    if math.isclose(last, 0.0, abs_tol=ZERO):
-        return sampling.sigma(torch.linspace(sampling.sigma_max, sampling.sigma_min, steps + 1))
-    return _ending_in_zero(sampling.sigma(torch.linspace(sampling.sigma_max, sampling.sigma_min, steps)))
+    first, last = _ends(sampling)
+    if math.isclose(float(sampling.sigma(last)), 0.0, abs_tol=ZERO):
+        return sampling.sigma(torch.linspace(first, last, steps + 1))
+    return _ending_in_zero(sampling.sigma(torch.linspace(first, last, steps)))
 
 
 def _sgm_uniform(sampling: Sampling, steps: int) -> torch.Tensor:
-    times = torch.linspace(sampling.sigma_max, sampling.sigma_min, steps + 1)[:-1]
-    return _ending_in_zero(sampling.sigma(times))
+    return _ending_in_zero(sampling.sigma(torch.linspace(*_ends(sampling), steps + 1)[:-1]))
+
+
+def _ends(sampling: Sampling) -> list[torch.Tensor]:
+    """Time at the highest and at the lowest noise level.
+
+    ComfyUI takes a flow's sigma itself for its time, so its shift acts twice on the last one.
+    """
+    return [sampling.time(torch.tensor(sigma)) for sigma in (sampling.sigma_max, sampling.sigma_min)]
 
 
 def _simple(sampling: Sampling, steps: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui.inputs import empty_latent, layout
+from tests.described import DESCRIBED
 
 FLUX = {
     "image_model": "flux",
@@ -48,7 +50,9 @@ def _write_header(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 def _remote(path: Path) -> RemoteModel:
-    return RemoteModel(ModelSpec.of(path, "transformer"), layout(1), {"dtype": "bfloat16"})
+    return RemoteModel(
+        ModelSpec.of(path, "transformer"), layout(1), replace(DESCRIBED, dtype="bfloat16").plain()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +142,7 @@ def test_flux_request_carries_guidance_and_sigma_as_timestep(flux_file):
     }
     assert request.positive["guidance"].tolist() == [2.0, 2.0]
     assert request.negative is None
-    assert request.multiplier == 1.0
+    assert torch.equal(request.timesteps, request.sigmas)
     assert len(request.sigmas) == 5
     scaled = model.model.latent_format.process_in(request.noise)
     assert torch.allclose(finish(scaled), request.noise, atol=1e-5)

@@ -27,7 +27,7 @@ def sample(
     negative_nets: Nets = (),
     positive_nets: Nets = (),
 ) -> torch.Tensor | None:
-    """Run the whole loop; returns the last latent (B, C, H, W), scaled: on rank 0, maybe on others.
+    """Run the whole loop; returns the last latent, scaled: on rank 0, maybe on others.
 
     Raises:
         InvalidInput: an unknown sampler, or a latent or conditioning that does not fit.
@@ -65,7 +65,7 @@ def _whole(
 ) -> torch.Tensor:
     """Every rank alike, one evaluation after the other."""
     guidance = Guidance.of(request)
-    sampler = Sampler(request.sampler, guidance.noised(request.sigmas[0]), request.sigmas)
+    sampler = Sampler(request.sampler, guidance.start(request.sigmas[0]), request.sigmas)
     steps = len(request.sigmas) - 1
     count, device = len(request.latent), request.latent.device
     is_negative = torch.zeros(guidance.sides * count, dtype=torch.bool, device=device)
@@ -73,16 +73,15 @@ def _whole(
         is_negative[:count] = True
     negatives = is_negative.chunk(len(batches))
     while (asked := sampler.wanted) is not None:
-        x = guidance.before(asked.x, asked.sigma)
-        rows = torch.cat([x] * (guidance.sides // len(batches)))
-        timestep = (asked.sigma * request.multiplier).expand(rows.shape[0])
+        rows = torch.cat([guidance.inputs(asked.x, asked.sigma)] * (guidance.sides // len(batches)))
+        timestep = request.timesteps[asked.level].expand(rows.shape[0])
         prompts = [prompt for prompt in request.image_prompts if prompt.acts(float(asked.sigma))]
         outputs = []
         for (given, nets), negative in zip(batches, negatives, strict=True):
             acting = tuple(net for net in nets if net.acts_at(asked.sigma))
             pictures = Pictures.of(prompts, negative)
             outputs.append(transformer.predict_batch(Batch(rows, timestep, given, None, acting, pictures)))
-        sampler.advance(guidance.after(x, asked.sigma, torch.cat(outputs)))
+        sampler.advance(guidance.denoised(asked.x, asked.sigma, torch.cat(outputs)))
         if sampler.wanted is None or sampler.wanted.step > asked.step:
             shown = sampler.denoised if request.previews and groups.rank == 0 else None
             run.step(asked.step + 1, steps, shown)

@@ -20,20 +20,20 @@ class PatchSampler:
 
     def __init__(self, request: Sample, places: Sequence[torch.Tensor]):
         guidance = Guidance.of(request, lambda latent: latent.flatten(1))
-        x = guidance.noised(request.sigmas[0])
+        x = guidance.start(request.sigmas[0])
         self._guidance = [guidance.part(own) for own in places]
         self._samplers = [Sampler(request.sampler, x[:, own], request.sigmas) for own in places]
 
     def inputs(self, patch: int) -> torch.Tensor:
         """What the transformer gets (B, elements), for the evaluation the patch is at."""
         wanted = self._samplers[patch].wanted
-        return self._guidance[patch].before(wanted.x, wanted.sigma)
+        return self._guidance[patch].inputs(wanted.x, wanted.sigma)
 
     def advance(self, patch: int, outputs: torch.Tensor) -> None:
         """Take the transformer's outputs (sides * B, elements) for the present inputs."""
         sampler = self._samplers[patch]
-        denoised = self._guidance[patch].after(self.inputs(patch), sampler.wanted.sigma, outputs)
-        sampler.advance(denoised)
+        wanted = sampler.wanted
+        sampler.advance(self._guidance[patch].denoised(wanted.x, wanted.sigma, outputs))
 
     def result(self, patch: int) -> torch.Tensor:
         """Where the run is (B, elements): at its end the last latent."""

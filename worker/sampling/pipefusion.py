@@ -71,7 +71,7 @@ class PipeFusion:
         self._announced: deque[Announcement] = deque()
         guidance, sigma = Guidance.of(request), request.sigmas[0]
         # What the first stage computes on; written to by elements, so it lies in one piece.
-        self._x = guidance.before(guidance.noised(sigma), sigma).clone(memory_format=torch.contiguous_format)
+        self._x = guidance.inputs(guidance.start(sigma), sigma).clone(memory_format=torch.contiguous_format)
         self._preview = torch.zeros_like(self._x)
         self._places: list[torch.Tensor] = []  # by patch, its elements in a row of x
         self._sampler: PatchSampler | None = None  # in the last stage
@@ -79,7 +79,7 @@ class PipeFusion:
     # ------------------------------------------------------------------ the loop
 
     def sample(self) -> torch.Tensor | None:
-        """The last latent (B, C, H, W), scaled, in the first stages; None in others.
+        """The last latent, scaled, in the first stages; None in others.
 
         Raises:
             Interrupted: at a step boundary, on all ranks at the same step.
@@ -119,7 +119,7 @@ class PipeFusion:
         self._send_back(number + 1, patch)
 
     def _output(self, index: int, number: int, patch: int | None) -> torch.Tensor | None:
-        """What a group of rows gives (rows, C, H, W), in the last stage."""
+        """What a group of rows gives, shaped like their latents, in the last stage."""
         keep = number == self._warm - 1 < len(self._schedule) - 1
 
         def forward() -> torch.Tensor:
@@ -132,7 +132,7 @@ class PipeFusion:
     def _predicted(self, index: int, number: int) -> torch.Tensor:
         group = self._row_groups[index]
         x = self._x[[row % len(self._x) for row in group.rows]]
-        timestep = (self._schedule[number][1] * self._request.multiplier).expand(len(x))
+        timestep = self._request.timesteps[self._schedule[number][1]].expand(len(x))
         return self._transformer.predict_plain(replace(group.given, x=x, timestep=timestep))
 
     def _of(self, patch: int | None) -> range:

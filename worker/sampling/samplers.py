@@ -2,7 +2,7 @@
 
 A sampler is a generator: it asks for an evaluation of the model and is sent the denoised latent. All
 formulas are pointwise, so a generator may run over a whole latent or over a part of one.
-Flow models only: x = sigma * noise + (1 - sigma) * latent, denoised = x - sigma * prediction.
+Of what the model predicts they know nothing (worker/sampling/prediction.py).
 Formulas: Karras et al. 2022 (euler, heun), Lu et al. 2022 (DPM-Solver++ 2M).
 """
 
@@ -16,11 +16,15 @@ import torch
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a sampler wants to know: the denoised latent at `x` and `sigma`, in step `step` (from 0)."""
+    """What a sampler wants to know: the denoised latent at `x` and `sigma`, in step `step` (from 0).
+
+    `level` is the place of `sigma` in the noise levels of the run.
+    """
 
     step: int
     x: torch.Tensor
     sigma: torch.Tensor
+    level: int
 
 
 Formula = Generator[Evaluation, torch.Tensor, torch.Tensor]
@@ -29,7 +33,7 @@ Formula = Generator[Evaluation, torch.Tensor, torch.Tensor]
 def euler(x: torch.Tensor, sigmas: torch.Tensor) -> Formula:
     """Euler's method (Karras algorithm 2 without churn)."""
     for i in range(len(sigmas) - 1):
-        denoised = yield Evaluation(i, x, sigmas[i])
+        denoised = yield Evaluation(i, x, sigmas[i], i)
         x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
     return x
 
@@ -37,11 +41,11 @@ def euler(x: torch.Tensor, sigmas: torch.Tensor) -> Formula:
 def heun(x: torch.Tensor, sigmas: torch.Tensor) -> Formula:
     """Heun's second-order method; the last step, to sigma 0, is Euler's."""
     for i in range(len(sigmas) - 1):
-        denoised = yield Evaluation(i, x, sigmas[i])
+        denoised = yield Evaluation(i, x, sigmas[i], i)
         slope, step = (x - denoised) / sigmas[i], sigmas[i + 1] - sigmas[i]
         if sigmas[i + 1] != 0:
             ahead = x + slope * step
-            denoised = yield Evaluation(i, ahead, sigmas[i + 1])
+            denoised = yield Evaluation(i, ahead, sigmas[i + 1], i + 1)
             slope = (slope + (ahead - denoised) / sigmas[i + 1]) / 2
         x = x + slope * step
     return x
@@ -51,7 +55,7 @@ def dpmpp_2m(x: torch.Tensor, sigmas: torch.Tensor) -> Formula:
     """DPM-Solver++ (2M), in t = -log sigma."""
     times, before = sigmas.log().neg(), None
     for i in range(len(sigmas) - 1):
-        denoised = yield Evaluation(i, x, sigmas[i])
+        denoised = yield Evaluation(i, x, sigmas[i], i)
         target, h = denoised, times[i + 1] - times[i]
         if before is not None and sigmas[i + 1] != 0:
             ratio = (times[i] - times[i - 1]) / h
@@ -93,10 +97,10 @@ class Sampler:
         self.x, self._begins = self.wanted.x, self.wanted.step > step
 
 
-def schedule(name: str, sigmas: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """Step and sigma of every evaluation of a run, which do not depend on what is sampled."""
+def schedule(name: str, sigmas: torch.Tensor) -> list[tuple[int, int]]:
+    """Step and noise level of every evaluation of a run, which do not depend on what is sampled."""
     run, result = Sampler(name, sigmas.new_zeros(()), sigmas), []
     while run.wanted is not None:
-        result.append((run.wanted.step, run.wanted.sigma))
+        result.append((run.wanted.step, run.wanted.level))
         run.advance(sigmas.new_zeros(()))
     return result

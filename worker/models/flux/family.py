@@ -114,8 +114,8 @@ class Flux(ModelFamily):
 
     def sampling(self, config: dict[str, Any]) -> Sampling:
         if config["guidance_embeds"]:
-            return Sampling("flux", shift=1.15, multiplier=1.0)
-        return Sampling("discrete_flow", shift=1.0, multiplier=1.0)  # schnell
+            return Sampling("exponential_flow", shift=1.15, multiplier=1.0)
+        return Sampling("flow", shift=1.0, multiplier=1.0)  # schnell
 
     def latent(self, config: dict[str, Any]) -> LatentSpace:
         patch = (PATCH, PATCH)

@@ -84,7 +84,7 @@ class SD3(ModelFamily):
         return mapping
 
     def sampling(self, config: dict[str, Any]) -> Sampling:
-        return Sampling("discrete_flow", shift=3.0, multiplier=1000.0)
+        return Sampling("flow", shift=3.0, multiplier=1000.0)
 
     def latent(self, config: dict[str, Any]) -> LatentSpace:
         patch = (config["patch_size"],) * 2
