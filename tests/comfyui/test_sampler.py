@@ -102,6 +102,47 @@ def test_shift_node_counts(run_node, models):
     assert _difference(run_node, shifted) <= PER_RUN
 
 
+# The nodes that change how a MODEL samples; each runs in the ranks.
+PREDICTIONS = {
+    "epsilon": ("ModelSamplingDiscrete", {"sampling": "eps", "zsnr": False}),
+    "v": ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}),
+    "v, zero SNR": ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True}),
+    "continuous v": (
+        "ModelSamplingContinuousV",
+        {"sampling": "v_prediction", "sigma_max": 80, "sigma_min": 0.03},
+    ),
+    "EDM, epsilon": ("ModelSamplingContinuousEDM", {"sampling": "eps", "sigma_max": 20, "sigma_min": 0.002}),
+    "EDM, v": (
+        "ModelSamplingContinuousEDM",
+        {"sampling": "v_prediction", "sigma_max": 20, "sigma_min": 0.002},
+    ),
+}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predictions(run_node, models, prediction, sampler):
+    changed = _predicting(run_node, models, prediction)
+    assert _difference(run_node, changed, sampler_name=sampler, scheduler="karras") <= 1e-5
+    assert _difference(run_node, changed, sampler_name=sampler, cfg=1.0) <= 1e-5
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_predictions_with_a_picture_and_a_mask(run_node, models, prediction):
+    changed = _predicting(run_node, models, prediction)
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:96, 40:80] = 1.0
+    latent = {"samples": random_latent()}
+    assert _difference(run_node, changed, latent_image=latent, denoise=0.6) <= 1e-5
+    assert _difference(run_node, changed, latent_image=latent | {"noise_mask": mask}) <= 1e-5
+
+
+def _predicting(run_node, models: SimpleNamespace, prediction: str) -> SimpleNamespace:
+    node, widgets = PREDICTIONS[prediction]
+    stock, ours = (run_node(node, model=model, **widgets)[0] for model in (models.stock, models.ours))
+    return SimpleNamespace(stock=stock, ours=ours)
+
+
 def test_denoise_zero_returns_the_latent(run_node, models):
     latent = {"samples": random_latent()}
     (answer,) = run_node(
@@ -172,12 +213,39 @@ def test_patched_guidance(run_node, pair):
     assert _driven(run_node, pair, "sampler_post_cfg_function") <= PER_RUN
 
 
-def test_a_model_that_is_no_flow(run_node, pair):
-    given = {"sampling": "eps", "sigma_max": 20.0, "sigma_min": 0.002}
+@pytest.mark.parametrize("sampling", ["edm", "cosmos_rflow"])
+def test_a_model_that_predicts_something_else(run_node, pair, sampling):
+    given = {"sampling": sampling, "sigma_max": 20.0, "sigma_min": 0.002}
     changed = SimpleNamespace()
     (changed.stock,) = run_node("ModelSamplingContinuousEDM", model=pair.stock, **given)
     (changed.ours,) = run_node("ModelSamplingContinuousEDM", model=pair.ours, **given)
-    assert _driven(run_node, changed, "samples flow models") <= PER_RUN
+    assert _driven(run_node, changed, "knows flow, epsilon, v prediction") <= PER_RUN
+
+
+def test_a_class_of_comfyuis_own(run_node, tiny_sd3, monkeypatch):
+    from comfy_xdit.comfy_types.choice import FORCED
+
+    monkeypatch.setenv(FORCED, "comfyui")
+    (stock,) = run_node("UNETLoader", unet_name=tiny_sd3, weight_dtype="default")
+    (ours,) = run_node(
+        "XDiTLoadDiffusionModel", unet_name=tiny_sd3, weight_dtype="default", parallel=layout(1)
+    )
+    words = "the ranks' loop is for diffusers' classes, and OpenAISignatureMMDITWrapper runs in ComfyUI's own"
+    assert _driven(run_node, SimpleNamespace(stock=stock, ours=ours), words) <= PER_RUN
+
+
+def test_what_comfyuis_class_does_around_a_call(run_node, pair, monkeypatch):
+    """As video models do with a timestep per frame, where a mask keeps some of them."""
+    own = type(pair.ours.model)
+
+    def process_timestep(self, timestep, x, denoise_mask=None, **_):
+        return timestep if denoise_mask is None else timestep * denoise_mask.mean()
+
+    monkeypatch.setattr(own, "process_timestep", process_timestep)
+    assert _difference(run_node, pair) <= PER_RUN
+    mask = {"samples": random_latent(), "noise_mask": torch.ones(1, 128, 128) * 0.5}
+    words = f"ComfyUI's {own.__name__} has its own process_timestep"
+    _driven(run_node, pair, words, latent_image=mask)
 
 
 def test_wrappers(run_node, pair):

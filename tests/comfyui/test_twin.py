@@ -35,7 +35,7 @@ FLUX = {
 
 
 def _write_header(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """A safetensors file that ends where its weights would begin."""
+    """A safetensors file whose weights are a hole: it takes no space."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -45,7 +45,9 @@ def _write_header(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
         }
         end += 2 * tensor.numel()
     text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        opened.truncate(8 + len(text) + end)
     return file
 
 
