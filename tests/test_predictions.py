@@ -27,8 +27,11 @@ from worker.checkpoints import Shapes, Source
 from worker.models.base import Call, ModelFamily
 from worker.models.plans.diffusers import PLANS
 from worker.parallel.groups import Degrees, RankGroups
+from worker.sampling.guidance import Guidance
 from worker.sampling.loops import sample
+from worker.sampling.patch_sampler import PatchSampler
 from worker.sampling.prediction import PREDICTIONS, Epsilon, Flow, Velocity
+from worker.sampling.samplers import Sampler, schedule
 from worker.transformer.transformer import Transformer
 
 PER_RUN = 1e-5  # relative L2
@@ -61,6 +64,36 @@ def test_at_the_most_noise_the_transformer_gets_noise_alone():
     for prediction in (Epsilon(), Velocity()):
         start = prediction.noised(level, noise, torch.zeros_like(noise), most=True)
         assert torch.allclose(prediction.inputs(start, level), noise, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_patches_that_run_by_themselves_make_the_whole_run(tmp_path, prediction):
+    """PipeFusion's samplers, with a model that looks at each element by itself."""
+    latent, noise = random(2, 4, 3, 5, 7, seed=1), random(2, 4, 3, 5, 7, seed=2)
+    mask = (random(1, 1, 3, 5, 7, seed=3) > 0).float()
+    sigmas = torch.tensor([1.0, 0.7, 0.2, 0.0])
+    request = Sample(
+        ModelSpec(str(tmp_path), "transformer"), "heun", sigmas, latent, noise, CFG, {}, {}, sigmas, mask,
+        prediction=prediction, most=True,
+    )  # fmt: skip
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.cos(), x.sin()])
+
+    guidance = Guidance.of(request)
+    run = Sampler("heun", guidance.start(sigmas[0]), sigmas)
+    while (asked := run.wanted) is not None:
+        run.advance(guidance.denoised(asked.x, asked.sigma, model(guidance.inputs(asked.x, asked.sigma))))
+
+    places = [torch.arange(start, latent[0].numel(), 3) for start in range(3)]
+    patches = PatchSampler(request, places)
+    result = torch.empty_like(latent).flatten(1)
+    for patch, own in enumerate(places):
+        for _ in schedule("heun", sigmas):
+            patches.advance(patch, model(patches.inputs(patch)))
+        result[:, own] = patches.result(patch)
+    assert torch.allclose(result.view_as(run.x), run.x, atol=1e-6)
+    assert tiny.relative_l2(run.x, guidance.start(sigmas[0])) > 0.01
 
 
 # ---------------------------------------------------------------------- whole runs, one rank in this process
