@@ -24,7 +24,6 @@ from comfy_xdit.protocol.safetensors_header import BITS, read_header
 from comfy_xdit.protocol.spec import ControlNet, IPAdapterFile, LoraFile, ModelSpec
 from tests import controlnets, ip_adapter_files, lora_files, vaes
 from tests.header_files import Header, header_of, write_raw
-from worker.models import FAMILIES
 from worker.parallel.groups import Degrees, RankGroups
 from worker.patches.lora_files import LoraFiles
 from worker.transformer.controlnets import FittedControlNet
@@ -190,8 +189,8 @@ def readers(tiny_models: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
         config = vaes.WAN_2_1 if name.endswith("Wan") else None
         tensors = names_of(vaes.build(name, config))
         add(f"vae {name}", lambda path: VAE(ModelSpec.of(path, "vae"), groups), tensors)
-    for family in FAMILIES:
-        model = next(m for m in tiny_models.values() if m.family.name == family.name)
+    for model in {model.family.name: model for model in tiny_models.values()}.values():
+        family = model.family
         shapes = {n: t.shape for n, t in read_header(model.file).items()}
         config = family.config(shapes)
         loras = LoraFiles.of(family, config, shapes)

@@ -9,6 +9,7 @@ from worker.models.base import ModelFamily, to_whole_patches
 from worker.models.controlnet import CONTROLNETS, ControlNetFamily
 from worker.models.flux.family import Flux
 from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
+from worker.models.pixart import PixArtSigma
 from worker.models.sd3.family import SD3
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
     "to_whole_patches",
 ]
 
-FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux())
+FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux(), PixArtSigma())
 
 
 def in_diffusers(configuration: str) -> bool:
