@@ -57,6 +57,22 @@ class Frames:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """An object that keeps one entry (B, entries, ...) for every so many tokens, or a tensor in its place.
+
+    In a part it keeps one per token.
+
+    Args:
+        data, entries, every: its attributes: the tensor, its number of entries, the tokens of each.
+    """
+
+    streams: str
+    data: str
+    entries: str
+    every: str
+
+
+@dataclass(frozen=True)
 class Spans:
     """A list of (first token, end or None, anything more) over some streams."""
 
@@ -70,7 +86,7 @@ class Count:
     streams: str
 
 
-Carrier = Tokens | Grid | Frames | Spans | Count
+Carrier = Tokens | Grid | Frames | Compressed | Spans | Count
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from worker.models.plans import comfyui_image, comfyui_other, comfyui_video
-from worker.parallel import Attend, Blocks, Carrier, Count, Frames, Grid, Plan, Region, Spans, Tokens
+from worker.parallel import (
+    Attend,
+    Blocks,
+    Carrier,
+    Compressed,
+    Count,
+    Frames,
+    Grid,
+    Plan,
+    Region,
+    Spans,
+    Tokens,
+)
 
 IMAGE, TEXT = Tokens("image"), Tokens("text")
 OPTIONS = "transformer_options"
@@ -160,7 +172,11 @@ LTXV = _one(
 def _ltxav() -> Region:
     video, audio = Tokens("video"), Tokens("audio")
     names = ("timestep", "cross_scale_shift_timestep", "cross_gate_timestep")
-    tables = {f"{s[0]}_{name}": Tokens(s) for s in ("video", "audio") for name in names}
+    # From 0.33 on the video's are kept once for each frame.
+    kept = {"data": "data", "entries": "num_frames", "every": "patches_per_frame"}
+    tables: dict[str, Carrier] = {
+        f"{s[0]}_{name}": Compressed(s, **kept) for s in ("video", "audio") for name in names
+    }
     tables |= {f"{s[0]}_{name}": Tokens(s, ROTARY) for s in ("video", "audio") for name in ("pe", "cross_pe")}
     attention = {
         "attn1": Attend("video"),
