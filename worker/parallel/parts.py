@@ -233,7 +233,9 @@ class Parts:
             start, stop = part.held
             for low, high, *content in value:
                 high = first + part.length if high is None else high
-                low, high = max(low - first, start), min(high - first, stop)
-                if low < high:
-                    yield at + low - start, at + high - start, *content
+                own = max(low - first, start), min(high - first, stop)
+                if own[0] < own[1]:
+                    rows = slice(own[0] + first - low, own[1] + first - low)
+                    content = [one[rows] if isinstance(one, torch.Tensor) else one for one in content]
+                    yield at + own[0] - start, at + own[1] - start, *content
             at, first = at + part.size, first + part.length

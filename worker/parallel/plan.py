@@ -74,7 +74,10 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Spans:
-    """A list of (first token, end or None, anything more) over some streams."""
+    """A list of (first token, end or None, anything more) over some streams.
+
+    A tensor among the more has one entry for every token of its span.
+    """
 
     streams: str
 
@@ -146,7 +149,8 @@ class Region:
         same: arguments that are passed as they are. A block with an argument that is nowhere in the plan is
             refused: it could lie along tokens.
         gather: the streams that are whole behind the region; others stay split, as nothing reads them.
-        at: the module before which they are gathered, in its first argument; none is behind the last block.
+        at: the module before which they are gathered, in its first argument, or several of which a call has
+            one; none is behind the last block.
         each: they are cut and gathered in every block.
         whole: modules that mix tokens in a way of their own, and so see all: (argument, streams).
         units: streams that are only cut between units (rows of a picture): the argument that says how many

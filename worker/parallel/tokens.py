@@ -99,8 +99,8 @@ class SpreadTokens:
         for pattern, (argument, streams) in region.whole.items():
             for module in self._matching(pattern):
                 self._attach_whole(module, argument, streams)
-        if region.at:
-            self._hook(self._module(region.at), lambda _m, args: self._gather_first(region, args))
+        for name in region.at.split():
+            self._hook(self._module(name), lambda _m, args: self._gather_first(region, args))
         for name in region.halo:
             for blocks in lists.values():
                 for block in blocks:

@@ -79,20 +79,6 @@ def _one(
     )
 
 
-def _wan(whole: str = "", **more: Blocks) -> Plan:
-    """`whole` names modules between or in the blocks that mix tokens in a way of their own."""
-    region = _one(
-        "blocks", "x", "self_attn", "context context_img_len audio",
-        {"freqs": IMAGE, "e": Frames("image", 4)}, at="head",
-    )  # fmt: skip
-    attention = {f"{name}.*.self_attn": Attend("image") for name in more}
-    mixing = {whole: ("x", "image")} if whole else {}
-    blocks = {**region.blocks, **more}
-    return Plan((replace(region, blocks=blocks, attention=region.attention | attention, whole=mixing),))
-
-
-_VACE = Blocks({"c": IMAGE}, ("image", "image"), tables={"x": IMAGE})
-
 QWEN = Plan(
     (
         Region(
@@ -269,16 +255,13 @@ HUNYUAN_VIDEO, HUNYUAN_VIDEO_TEXT_FIRST = _flux("image text", ""), _flux("text i
 
 TEXT_FIRST = "text first"  # behind the name of a class: of the versions that join its streams so
 PLANS: dict[str, Plan] = {
-    "AnimateWanModel": _wan("face_adapter.fuser_blocks.*"),
     "AsymmDiTJoint": Plan((MOCHI,)),
     "AudioDiffusionTransformer": Plan((STABLE_AUDIO,)),
-    "CameraWanModel": _wan(),
     "Chroma": FLUX,
     "ChromaRadiance": RADIANCE,
     "Flux": FLUX,
     "GeneralDIT": Plan((COSMOS1,)),
     "HiDreamImageTransformer2DModel": Plan((HIDREAM,)),
-    "HumoWanModel": _wan("blocks.*.audio_cross_attn_wrapper"),
     "HunYuanDiT": Plan((HUNYUAN_DIT,)),
     "HunYuanDiTPlain": Plan((HUNYUAN3D21,)),
     "Hunyuan3Dv2": FLUX,
@@ -296,9 +279,6 @@ PLANS: dict[str, Plan] = {
     "OpenAISignatureMMDITWrapper": SD3,
     "PixArtMS": Plan((_one("blocks", "x", "attn", "y t mask HW"),)),
     "QwenImageTransformer2DModel": QWEN,
-    "VaceWanModel": _wan(vace_blocks=_VACE),
-    "WanModel": _wan(),
-    "WanModel_S2V": _wan("audio_injector"),
     **comfyui_image.PLANS,
     **comfyui_video.PLANS,
     **comfyui_other.PLANS,
