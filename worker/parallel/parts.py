@@ -16,6 +16,7 @@ from worker.parallel.plan import (
     Count,
     Frames,
     Grid,
+    GroupedMask,
     PlanMismatch,
     Spans,
     Tokens,
@@ -153,6 +154,8 @@ class Parts:
             return self._count(self._of[carrier.streams], value)
         if isinstance(carrier, Compressed):
             return self._compressed(carrier, value)
+        if isinstance(carrier, GroupedMask):
+            return self._mask(carrier, value)
         if not isinstance(value, torch.Tensor):
             return value
         if isinstance(carrier, Grid):
@@ -220,6 +223,17 @@ class Parts:
         for name, content in ((carrier.data, data), (carrier.entries, data.shape[1]), (carrier.every, 1)):
             setattr(own, name, content)
         return own
+
+    def _mask(self, carrier: GroupedMask, value: Any) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value
+        start, count = getattr(value, carrier.start), getattr(value, carrier.count)
+        length = self._of[carrier.streams].length
+        group = getattr(value, carrier.group)
+        mask = group.new_zeros(1, 1, length, length)
+        mask[:, :, :start] = getattr(value, carrier.before)
+        mask[:, :, start : start + count] = group
+        return mask
 
     def _count(self, part: Part, value: int) -> int:
         start, stop = part.held

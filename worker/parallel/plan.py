@@ -73,6 +73,23 @@ class Compressed:
 
 
 @dataclass(frozen=True)
+class GroupedMask:
+    """An added mask that an object keeps for two groups of queries, or a tensor; in a part that of all pairs.
+
+    Args:
+        start, count: its attributes: the first query of the second group, and how many it has; queries behind
+            it have no mask.
+        before, group: masks (1, 1, 1, keys) of the queries before it, and (1, 1, count, keys) of its own.
+    """
+
+    streams: str
+    start: str
+    count: str
+    before: str
+    group: str
+
+
+@dataclass(frozen=True)
 class Spans:
     """A list of (first token, end or None, anything more) over some streams.
 
@@ -89,7 +106,7 @@ class Count:
     streams: str
 
 
-Carrier = Tokens | Grid | Frames | Compressed | Spans | Count
+Carrier = Tokens | Grid | Frames | Compressed | GroupedMask | Spans | Count
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,7 @@ class Attend:
         linear: without softmax: the first matrix product in the module sums over tokens.
         counted: the module drops tokens itself, so ranks tell each other how many are left.
         optional: some models of the class have no such module.
+        unless: an entry of `transformer_options` with which the module does not attend.
     """
 
     query: str
@@ -109,6 +127,7 @@ class Attend:
     linear: bool = False
     counted: bool = False
     optional: bool = False
+    unless: str = ""
 
     @property
     def keys(self) -> str:

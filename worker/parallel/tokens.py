@@ -136,9 +136,11 @@ class SpreadTokens:
             return
         attention = self.exchange.module(attends)
 
-        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        def after(_module: nn.Module, _args: Any, kwargs: Values, output: Any) -> None:
             seam.end()
-            if output is not None and attention.calls == 0:  # None: the module raised, and says why itself
+            skipped = (kwargs.get("transformer_options") or {}).get(attends[0].unless)
+            # Without an output the module raised, and says why itself.
+            if output is not None and attention.calls == 0 and not skipped:
                 raise PlanMismatch(
                     f"no attention of {type(module).__name__} in {self.name} came to the seam, so its tokens "
                     "would attend to this rank's alone; choose PyTorch's attention, or cfg_parallel_degree "
@@ -150,7 +152,7 @@ class SpreadTokens:
             seam.begin(attention)
 
         self._hooks.append(module.register_forward_pre_hook(before))
-        self._hooks.append(module.register_forward_hook(after, always_call=True))
+        self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def _attach_whole(self, module: nn.Module, argument: str, streams: str) -> None:
         names = list(inspect.signature(module.forward).parameters)

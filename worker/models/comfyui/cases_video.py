@@ -77,6 +77,11 @@ def _ltxav_guide(d: Draw, strength: float = 1.0) -> Any:
     )
 
 
+def _ltxv_guide(d: Draw) -> Any:
+    (latents, (time, _), text), more = _ltxav_guide(d, strength=0.5)
+    return (latents[0], time, text[..., :TEXT], None), more
+
+
 def _ltxav_silent(d: Draw) -> Any:
     first, more = _ltxav(d)
     return (first[0][:1], *first[1:]), more
@@ -148,13 +153,14 @@ def _minimax_references(d: Draw) -> Any:
     return _minimax(d, refs=references, cond_video_latents=[picture, clip], cond_audio_latents=[sound, voice])
 
 
-_LTXAV = ("lightricks.av_model", "LTXAVModel")
+_LTXV, _LTXAV = ("lightricks.model", "LTXVModel"), ("lightricks.av_model", "LTXAVModel")
 _COGVIDEOX = ("cogvideo.model", "CogVideoXTransformer3DModel")
 _SCAIL, _SCAIL2 = ("wan.model", "SCAILWanModel"), ("wan.model", "SCAIL2WanModel")
 _WANDANCER, _MINIMAX = ("wan.model_wandancer", "WanDancerModel"), ("minimax.model", "MiniMaxH3Model")
 
 CASES: dict[str, Case] = {
     "ltxav frames": Case(*_LTXAV, tiny.LTXAV, _ltxav_masked),
+    "ltxv guide strength": Case(*_LTXV, tiny.LTXV, _ltxv_guide),
     "ltxav inpaint": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav_masked, inpaint=True)),
     "ltxav guide": Case(*_LTXAV, tiny.LTXAV, _ltxav_guide),
     "ltxav guide strength": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav_guide, strength=0.5)),

@@ -14,6 +14,7 @@ from worker.parallel import (
     Count,
     Frames,
     Grid,
+    GroupedMask,
     Plan,
     Region,
     Spans,
@@ -149,9 +150,20 @@ MOCHI = Region(
     _same("c y crop_y"),
     "image",
 )
-LTXV = _one(
-    "transformer_blocks", "x", "attn1", "context attention_mask prompt_timestep self_attention_mask",
-    {"timestep": IMAGE, "pe": Tokens("image", ROTARY)},
+
+
+def _guides(stream: str) -> GroupedMask:
+    """How much a video sees of pictures behind it."""
+    return GroupedMask(stream, "guide_start", "tracked_count", "noisy_mask", "tracked_mask")
+
+
+UNGUIDED = "stg_skip_self_attn"  # of calls whose self-attention passes values through
+LTXV = replace(
+    _one(
+        "transformer_blocks", "x", "attn1", "context attention_mask prompt_timestep",
+        {"timestep": IMAGE, "pe": Tokens("image", ROTARY), "self_attention_mask": _guides("image")},
+    ),
+    attention={"transformer_blocks.*.attn1": Attend("image", unless=UNGUIDED)},
 )  # fmt: skip
 
 
@@ -165,16 +177,16 @@ def _ltxav() -> Region:
     }
     tables |= {f"{s[0]}_{name}": Tokens(s, ROTARY) for s in ("video", "audio") for name in ("pe", "cross_pe")}
     attention = {
-        "attn1": Attend("video"),
-        "audio_attn1": Attend("audio"),
+        "attn1": Attend("video", unless=UNGUIDED),
+        "audio_attn1": Attend("audio", unless=UNGUIDED),
         "audio_to_video_attn": Attend("video", "audio"),
         "video_to_audio_attn": Attend("audio", "video"),
     }
     return Region(
         {"transformer_blocks": Blocks({"x": (video, audio)}, ("video", "audio"))},
         {f"transformer_blocks.*.{name}": attend for name, attend in attention.items()},
-        tables,
-        _same("v_context a_context attention_mask v_prompt_timestep a_prompt_timestep self_attention_mask"),
+        tables | {"self_attention_mask": _guides("video")},
+        _same("v_context a_context attention_mask v_prompt_timestep a_prompt_timestep"),
         "video audio",
     )
 
