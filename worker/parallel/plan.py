@@ -159,6 +159,9 @@ class Blocks:
 class Region:
     """Blocks between which tokens stay split.
 
+    Names of modules may have a method behind them (`blocks:forward_text`), which the model calls in place of
+    the module.
+
     Args:
         blocks: module lists in the order they run.
         attention: modules (`blocks.*.attn`, `*` is one name) that attend between tokens; a tuple for one that
@@ -171,7 +174,8 @@ class Region:
         at: the module before which they are gathered, in its first argument, or several of which a call has
             one; none is behind the last block.
         each: they are cut and gathered in every block.
-        whole: modules that mix tokens in a way of their own, and so see all: (argument, streams).
+        whole: modules that mix tokens in a way of their own, and so see all: arguments and their streams, of
+            which the first is the output's, too. Attention in them may be one of "*".
         units: streams that are only cut between units (rows of a picture): the argument that says how many
             tokens a unit has.
         halo: 3 x 3 convolutions (B, C, rows, columns) in a block, which see a row of each neighbour.
@@ -185,7 +189,7 @@ class Region:
     gather: str = ""
     at: str = ""
     each: bool = False
-    whole: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    whole: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)
     halo: tuple[str, ...] = ()
     control: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ LTX23: Size = tiny.LTXAV | {
 }  # fmt: skip
 SCAIL: Size = WAN | {"model_type": "scail", "in_dim": 20}
 SCAIL2: Size = SCAIL | {"model_type": "scail2"}
+ANIMATE2: Size = WAN | {"model_type": "animate2", "in_dim": 36}
 WANDANCER: Size = WAN | {
     "model_type": "wandancer", "in_dim": 36, "audio_inject_layers": [0, 1], "music_dim": 32,
     "music_heads": 2, "music_latent_dim": 32,
@@ -39,6 +40,10 @@ MINIMAX_H3: Size = {
     "hidden_size": 64, "num_layers": 2, "token_refiner_num_layers": 1, "num_attention_heads": 2,
     "attention_head_dim": 32, "ffn_hidden_size": 96, "text_dim": TEXT, "timestep_input_dim": 32,
     "time_embed_hidden_size": 64, "time_embed_dim": 48, "rope_inv_freq_len": 5,
+}  # fmt: skip
+SEEDVR2: Size = {
+    "norm_eps": 1e-5, "num_layers": 32, "mlp_type": "swiglu", "vid_dim": 48, "txt_in_dim": TEXT, "heads": 2,
+    "head_dim": 32, "mm_layers": 1, "rope_dim": 30, "vid_out_norm": True,
 }  # fmt: skip
 
 
@@ -108,6 +113,17 @@ def _wandancer(d: Draw, **more: Any) -> Any:
     return _wan(d, 36, MUSIC, audio_embed=d(31, 35), **seen, **more)
 
 
+def _animate2(d: Draw, pose: bool = True, **more: Any) -> Any:
+    """The first frame is the reference; the others have one of a pose each."""
+    if pose:
+        more |= {
+            "pose_latents": d(CHANNELS, 2, *STILL),
+            "clip_fea_pose": d(*CLIP),
+            "context_pose": d.prompt(),
+        }
+    return _wan(d, 36, clip_fea=d(*CLIP), **more)
+
+
 # ---------------------------------------------------------------------- others
 
 
@@ -153,9 +169,14 @@ def _minimax_references(d: Draw) -> Any:
     return _minimax(d, refs=references, cond_video_latents=[picture, clip], cond_audio_latents=[sound, voice])
 
 
+def _seedvr2(d: Draw) -> Any:
+    return (d(CHANNELS, *VIDEO), d.time(THOUSANDS), d.prompt()), {"condition": d(CHANNELS + 1, *VIDEO)}
+
+
 _LTXV, _LTXAV = ("lightricks.model", "LTXVModel"), ("lightricks.av_model", "LTXAVModel")
 _COGVIDEOX = ("cogvideo.model", "CogVideoXTransformer3DModel")
 _SCAIL, _SCAIL2 = ("wan.model", "SCAILWanModel"), ("wan.model", "SCAIL2WanModel")
+_ANIMATE2, _SEEDVR2 = ("wan.model_animate2", "WanAnimate2Model"), ("seedvr.model", "NaDiT")
 _WANDANCER, _MINIMAX = ("wan.model_wandancer", "WanDancerModel"), ("minimax.model", "MiniMaxH3Model")
 
 CASES: dict[str, Case] = {
@@ -172,10 +193,16 @@ CASES: dict[str, Case] = {
     "scail 2 replacing": Case(*_SCAIL2, SCAIL2, partial(_scail2, ref_mask_flag=False)),
     "wandancer": Case(*_WANDANCER, WANDANCER, _wandancer),
     "wandancer keyframes": Case(*_WANDANCER, WANDANCER, partial(_wandancer, fps=7.5)),
+    "wan animate 2": Case(*_ANIMATE2, ANIMATE2, _animate2),
+    "wan animate 2 strengths": Case(
+        *_ANIMATE2, ANIMATE2, partial(_animate2, pose_strength=0.7, reference_strength=0.8)
+    ),
+    "wan animate 2 without pose": Case(*_ANIMATE2, ANIMATE2, partial(_animate2, pose=False)),
     "wan causal": Case("wan.ar_model", "CausalWanModel", WAN, _wan),
     "cogvideox": Case(*_COGVIDEOX, COGVIDEOX, _cogvideox),
     "cogvideox i2v": Case(*_COGVIDEOX, COGVIDEOX_LEARNED, partial(_cogvideox, channels=32)),
     "cogvideox 1.5 i2v": Case(*_COGVIDEOX, COGVIDEOX_15, lambda d: _cogvideox(d, 32, ofs=d.time(2.0))),
+    "seedvr2": Case(*_SEEDVR2, SEEDVR2, _seedvr2, batches=(2,)),
     "minimax h3": Case(*_MINIMAX, MINIMAX_H3, _minimax, batches=(1,)),
     "minimax h3 frames": Case(*_MINIMAX, MINIMAX_H3, _minimax_frames, batches=(1,)),
     "minimax h3 references": Case(*_MINIMAX, MINIMAX_H3, _minimax_references, batches=(1,)),

@@ -20,12 +20,31 @@ def _wan(whole: str = "", at: str = "head", same: str = "", **more: Blocks) -> P
                 frozenset(f"context context_img_len audio {same} {OPTIONS}".split()),
                 "image",
                 at,
-                whole={whole: ("x", "image")} if whole else {},
+                whole={whole: {"x": "image"}} if whole else {},
             ),
         )
     )
 
 
+# Its attention sees one frame of the pose with one frame of the picture, so it runs whole, with its queries
+# shared out. A pose has blocks' outputs of its own.
+ANIMATE2 = (
+    Region(
+        {"blocks:forward_pose": Blocks({"x": Tokens("pose")}, (None, None, None))},
+        {"blocks.*.self_attn:forward_pose": Attend("pose")},
+        {"freqs": Tokens("pose"), "e": Frames("pose", 4)},
+        frozenset({"context", "context_img_len", OPTIONS}),
+    ),
+    Region(
+        {"blocks:forward_gen": Blocks({"x": IMAGE}, ("image",), {"k_pose": "pose", "v_pose": "pose"})},
+        {"blocks.*.self_attn:forward_gen": Attend("*")},
+        {"e": Frames("image", 4)},
+        frozenset(f"freqs f_gen hw buffers ref_strength context context_img_len {OPTIONS}".split()),
+        "image",
+        "head",
+        whole={"blocks.*.self_attn:forward_gen": {"x": "image", "k_pose": "pose", "v_pose": "pose"}},
+    ),
+)
 _VACE = Blocks({"c": IMAGE}, ("image", "image"), tables={"x": IMAGE})
 
 COGVIDEOX = Region(
@@ -55,12 +74,12 @@ PLANS: dict[str, Plan] = {
     "SCAIL2WanModel": _wan(),
     "SCAILWanModel": _wan(),
     "VaceWanModel": _wan(vace_blocks=_VACE),
+    "WanAnimate2Model": Plan(ANIMATE2),
     "WanDancerModel": _wan("music_injector", "head head_global"),
     "WanModel": _wan(),
     "WanModel_S2V": _wan("audio_injector"),
 }
 REASONS: dict[str, str] = {
-    "NaDiT": "SeedVR2 attends in windows that move from block to block, over tokens that it puts into another "
-    "order for each, and keeps what it makes of all tokens from block to block; use cfg_parallel_degree or "
-    "data_parallel_degree in place of ulysses_degree and ring_degree",
+    "NaDiT": "SeedVR2 attends in windows that move from block to block, over tokens that it puts into an "
+    "order of each, and keeps what it makes of all tokens from block to block",
 }
