@@ -17,6 +17,7 @@ CLIP = (257, 1280)
 
 LTX23: Size = tiny.LTXAV | {
     "cross_attention_adaln": True, "apply_gated_attention": True, "caption_proj_before_connector": True,
+    "caption_channels": 48,  # an older class, which knows no such model, reads as many
     "connector_attention_head_dim": 32, "audio_connector_attention_head_dim": 16,
 }  # fmt: skip
 SCAIL: Size = WAN | {"model_type": "scail", "in_dim": 20}
