@@ -20,6 +20,8 @@ _NONE = object()
 OPTIONS = "transformer_options"
 # Methods of the transformer that ComfyUI calls around its forward, and that need weights.
 AROUND = ("preprocess_text_embeds",)
+# Methods with which a sampler begins to keep keys of earlier frames, which the class then writes into.
+KEEPING = ("init_kv_caches",)
 
 
 def answer_for(remote: RemoteModel, twin: Any) -> None:
@@ -66,11 +68,20 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
 
         return call
 
+    def keeping(*_: Any, **__: Any) -> Any:
+        raise InvalidInput(
+            f"this sampler draws a video part by part, and keeps keys of {of_class} from call to call; they "
+            "do not travel to the ranks. Use another sampler, or the stock loader."
+        )
+
     # Instance attributes: nn.Module.__setattr__ would do the same, more slowly.
     object.__setattr__(transformer, name, forward)
     for method in AROUND:
         if hasattr(transformer, method):
             object.__setattr__(transformer, method, around(method))
+    for method in KEEPING:
+        if hasattr(transformer, method):
+            object.__setattr__(transformer, method, keeping)
 
 
 def arguments(
