@@ -22,6 +22,8 @@ OPTIONS = "transformer_options"
 AROUND = ("preprocess_text_embeds",)
 # Methods with which a sampler begins to keep keys of earlier frames, which the class then writes into.
 KEEPING = ("init_kv_caches",)
+# Entries of an argument that are no plain data, and that the class makes anew where they are left out.
+REMADE = {"minimax_payload": "layout"}
 
 
 def answer_for(remote: RemoteModel, twin: Any) -> None:
@@ -44,6 +46,9 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
         getattr(twin, ORIGINAL).refuse_changes(twin)
         x, timestep, given = arguments(signature, args, kwargs)
         given = {key: value for key, value in given.items() if value is not defaults.get(key, _NONE)}
+        for argument, entry in REMADE.items():
+            if isinstance(given.get(argument), dict):
+                given[argument] = {k: v for k, v in given[argument].items() if k != entry}
         options = given.pop(OPTIONS, None) or {}
         if options.get(NETS):
             raise InvalidInput(

@@ -61,7 +61,7 @@ def _ltxav_masked(d: Draw, inpaint: bool = False) -> Any:
     mask = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 3, 1, 1).expand(d.batch, 1, *SMALL_VIDEO).clone()
     if inpaint:
         mask[..., 2:4] = 0.25
-    sound = d(9, 1).sigmoid()
+    sound = d(9, 1).sigmoid()[:1].expand(d.batch, 9, 1)
     time = (FLOW * mask.flatten(2).transpose(1, 2), FLOW * sound)
     return _ltxav(d, time=time, denoise_mask=mask, audio_denoise_mask=sound.view(d.batch, 1, 9, 1))
 
@@ -133,6 +133,9 @@ def _cogvideox(d: Draw, channels: int = CHANNELS, **more: Any) -> Any:
 
 
 def _minimax(d: Draw, **payload: Any) -> Any:
+    from comfy.ldm.minimax.model import PackedLayout  # of later versions
+
+    payload["layout"] = PackedLayout(11, 3, 10, 14, 9, payload.get("keyframes"), payload.get("refs"))
     mask = payload.pop("masks", {})
     given = {"minimax_payload": {"seed": 3, "audio_scale": 1.0, **payload}, **mask}
     return ([d(24, 3, 9, 13), d(32, 2, 9)], d.time(THOUSANDS), d.prompt(64)), given
