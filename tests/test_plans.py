@@ -17,7 +17,17 @@ from worker.parallel.attention import Blockwise
 from worker.parallel.exchange import Exchange
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts, Shard
-from worker.parallel.plan import Attend, Blocks, Plan, PlanMismatch, Region, Spans, Tokens
+from worker.parallel.plan import (
+    Attend,
+    Blocks,
+    Compressed,
+    GroupedMask,
+    Plan,
+    PlanMismatch,
+    Region,
+    Spans,
+    Tokens,
+)
 from worker.parallel.tokens import SpreadTokens
 
 # Exchanged or not, the sums are the same ones; a ring adds up its blocks in another order: a few 1e-7.
@@ -184,6 +194,130 @@ def test_spans_over_two_streams():
         found.append(parts.take(Spans("text image"), spans))
     assert found[0] == [(0, 1, "a"), (1, 2, "a"), (2, 5, "b")]
     assert found[1] == [(0, 1, "a"), (1, 2, "b"), (2, 5, "c")]
+
+
+def of_ranks(carrier, value, length: int, ranks: int = 2) -> list:
+    """What each rank takes of something on `length` tokens."""
+    found = []
+    for rank in range(ranks):
+        parts = Parts(ranks, rank)
+        parts.bring("image", length)
+        found.append(parts.take(carrier, value))
+    return found
+
+
+def test_a_span_with_something_for_each_token():
+    rows = torch.arange(10, 16)
+    first, second = of_ranks(Spans("image"), [(0, 1, 5), (1, 7, rows), (7, 8, 6)], 8)
+    assert [span[:2] for span in first + second] == [(0, 1), (1, 4), (0, 3), (3, 4)]
+    assert torch.equal(torch.cat([first[1][2], second[0][2]]), rows)
+    assert (first[0][2], second[1][2]) == (5, 6)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 6])
+def test_what_is_kept_once_for_several_tokens(every: int):
+    class Kept:
+        __slots__ = ("data", "entries", "every")
+
+    kept = Kept()
+    kept.data = torch.randn(1, 6 // every, 2)
+    kept.entries, kept.every = 6 // every, every
+    carrier = Compressed("image", "data", "entries", "every")
+    parts = of_ranks(carrier, kept, 6)
+    assert [part.every for part in parts] == [1, 1]
+    assert [part.entries for part in parts] == [part.data.shape[1] for part in parts]
+    whole = torch.cat([part.data.expand(1, 3, 2) for part in parts], 1)
+    assert torch.equal(whole, kept.data.repeat_interleave(every, 1))
+    assert kept.every == every, "the model's own was changed"
+    assert torch.equal(torch.cat(of_ranks(carrier, whole, 6), 1), whole)  # not kept so by every version
+    kept.every = every + 1
+    if every < 6:
+        with pytest.raises(PlanMismatch, match="lie along 6 tokens"):
+            of_ranks(carrier, kept, 6)
+
+
+def test_a_mask_of_two_groups_is_that_of_all_pairs():
+    class Groups:
+        start, count = 3, 2
+        before, group = torch.randn(1, 1, 1, 6), torch.randn(1, 1, 2, 6)
+
+    carrier = GroupedMask("image", "start", "count", "before", "group")
+    for mask in of_ranks(carrier, Groups, 6):
+        assert torch.equal(mask[0, 0, :3], Groups.before[0, 0].expand(3, 6))
+        assert torch.equal(mask[0, 0, 3:5], Groups.group[0, 0])
+        assert not mask[0, 0, 5].any()
+    assert of_ranks(carrier, mask, 6)[0] is mask
+
+
+def test_of_a_stream_without_tokens_there_is_none_to_hold():
+    none = torch.zeros(1, 0, 3)
+    parts = Parts(2, 1)
+    parts.bring("image", 0)
+    held = parts.held(parts.true(parts.take(Tokens("image"), none), "image", 1), "image", 1)
+    assert held.shape == none.shape and parts["image"].size == 0
+
+
+class Skipping(Block):
+    """A block that is told whether to attend."""
+
+    def forward(self, x, transformer_options):
+        skipped = transformer_options["skip"]
+        return x if skipped else torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_an_attention_that_a_call_leaves_out():
+    attention = {"blocks.*": Attend("image", unless="skip")}
+    blocks = {"blocks": Blocks({"x": Tokens("image", 2)}, (Tokens("image", 2),))}
+    model = Model()
+    model.blocks[0] = Skipping()
+    region = Region(blocks, attention, same=frozenset({"transformer_options"}))
+    SpreadTokens(model, Plan((region,)), Mesh())
+    x = torch.randn(1, 1, 4, 2)
+    assert torch.equal(model.blocks[0](x, transformer_options={"skip": True}), x)
+    assert not torch.equal(model.blocks[0](x, transformer_options={"skip": False}), x)
+
+
+class ByMethods(torch.nn.Module):
+    """A model that calls methods of its block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([TwoStreams()])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (block,) = self.blocks
+        y = block.forward_text(y)
+        return block.forward_image(x, y, scale=2.0), y
+
+
+class TwoStreams(torch.nn.Module):
+    def forward_text(self, y: torch.Tensor) -> torch.Tensor:
+        return y + 1
+
+    def forward_image(self, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+        return x * scale + y.sum()
+
+
+def test_methods_in_place_of_blocks():
+    regions = (
+        Region({"blocks:forward_text": Blocks({"y": Tokens("text")}, (None,))}),
+        Region(
+            {"blocks:forward_image": Blocks({"x": Tokens("image")}, ("image",), {"y": "text"})},
+            same=frozenset({"scale"}),
+            gather="image",
+            whole={"blocks.*:forward_image": {"x": "image", "y": "text"}},
+        ),
+    )
+    model, x, y = ByMethods(), torch.randn(1, 5, 2), torch.randn(1, 3, 2)
+    wanted = model(x, y)
+    spread = SpreadTokens(model, Plan(regions), Mesh())
+    assert all(torch.equal(a, b) for a, b in zip(model(x, y), wanted, strict=True))
+    assert (spread.parts["image"].length, spread.parts["text"].length) == (5, 3)
+    spread.close()
+    assert not {"forward_text", "forward_image"} & set(vars(model.blocks[0]))
+    wrong = Region({"blocks:forward_text": Blocks({"x": Tokens("text")}, (None,))})
+    with pytest.raises(PlanMismatch, match="takes y, which its plan does not know"):
+        SpreadTokens(model, Plan((wrong,)), Mesh())
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 4])

@@ -20,6 +20,10 @@ _NONE = object()
 OPTIONS = "transformer_options"
 # Methods of the transformer that ComfyUI calls around its forward, and that need weights.
 AROUND = ("preprocess_text_embeds",)
+# Methods with which a sampler begins to keep keys of earlier frames, which the class then writes into.
+KEEPING = ("init_kv_caches",)
+# Entries of an argument that are no plain data, and that the class makes anew where they are left out.
+REMADE = {"minimax_payload": "layout"}
 
 
 def answer_for(remote: RemoteModel, twin: Any) -> None:
@@ -42,6 +46,9 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
         getattr(twin, ORIGINAL).refuse_changes(twin)
         x, timestep, given = arguments(signature, args, kwargs)
         given = {key: value for key, value in given.items() if value is not defaults.get(key, _NONE)}
+        for argument, entry in REMADE.items():
+            if isinstance(given.get(argument), dict):
+                given[argument] = {k: v for k, v in given[argument].items() if k != entry}
         options = given.pop(OPTIONS, None) or {}
         if options.get(NETS):
             raise InvalidInput(
@@ -66,11 +73,20 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
 
         return call
 
+    def keeping(*_: Any, **__: Any) -> Any:
+        raise InvalidInput(
+            f"this sampler draws a video part by part, and keeps keys of {of_class} from call to call; they "
+            "do not travel to the ranks. Use another sampler, or the stock loader."
+        )
+
     # Instance attributes: nn.Module.__setattr__ would do the same, more slowly.
     object.__setattr__(transformer, name, forward)
     for method in AROUND:
         if hasattr(transformer, method):
             object.__setattr__(transformer, method, around(method))
+    for method in KEEPING:
+        if hasattr(transformer, method):
+            object.__setattr__(transformer, method, keeping)
 
 
 def arguments(

@@ -1,13 +1,15 @@
 """What a node adds that cannot reach the ranks is refused by name and remedy, never ignored."""
 
 import inspect
+import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
 from tests.comfyui.inputs import empty_latent, layout, random_conditioning, random_latent
+from tests.comfyui.tiny_classes import write
 
 
 @pytest.fixture
@@ -191,3 +193,24 @@ def test_files_that_are_no_models_are_refused(comfyui, tmp_path):
     save_file({"some.weight": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InvalidInput, match=r"no tensor x_embedder\.proj\.weight.*use a complete file"):
         _stored([tmp_path / "other.safetensors"], "x_embedder.proj.weight")
+
+
+def test_a_sampler_that_keeps_keys_from_call_to_call_is_refused(comfyui, run_node):
+    import comfy.k_diffusion.sampling
+
+    if not hasattr(comfy.k_diffusion.sampling, "sample_ar_video"):
+        pytest.skip("this ComfyUI draws no video part by part")
+    folder = comfyui.models / "diffusion_models"
+    tensors = load_file(folder / write("wan causal", folder))
+    config = json.dumps({"transformer": {"causal_ar": True}})
+    save_file(tensors, folder / "causal.safetensors", {"config": config})
+    (model,) = run_node(
+        "XDiTLoadDiffusionModel",
+        unet_name="causal.safetensors",
+        weight_dtype="default",
+        parallel=layout(1),
+    )
+    assert type(model.model.diffusion_model).__name__ == "CausalWanModel"
+
+    with pytest.raises(InvalidInput, match="keeps keys of CausalWanModel from call to call"):
+        model.model.diffusion_model.init_kv_caches(1, 105, torch.device("cpu"), torch.float32)

@@ -90,6 +90,8 @@ class ModuleAttention:
         attend = self._attends[min(self.calls, len(self._attends) - 1)]
         self.calls += 1
         exchange = self._exchange
+        if attend.query == attend.keys == WHOLE:
+            return self._shared(query, key, value, mask, local)
         queries, keys = self._parts(attend.query, query), self._parts(attend.keys, key)
         query = self._true(query, attend.query, queries)
         key, value = (self._true(tensor, attend.keys, keys) for tensor in (key, value))
@@ -108,6 +110,26 @@ class ModuleAttention:
 
         out = usp(query, key, value, bias, scale, local)
         return self._held(out, attend.query, queries)
+
+    def _shared(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        local: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Of tokens that every rank has whole: each attends for its share of the queries."""
+        mesh = self._exchange.mesh
+        shard = Shard(query.shape[2], mesh.ranks)
+        own = shard.span(mesh.rank)
+        if self._exchange.deaf:
+            seen = Shard(key.shape[2], mesh.ranks).span(mesh.rank)
+            key, value, mask = key[:, :, seen], value[:, :, seen], None
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., own, :]
+        out = local(query[:, :, own], key, value, mask)
+        return torch.cat(mesh.gather(out, shard.sizes, 2), 2)
 
     # ------------------------------------------------------------------ tokens
 

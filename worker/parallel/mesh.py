@@ -123,6 +123,8 @@ class Mesh:
 def gather_parts(part: torch.Tensor, sizes: Sequence[int], dim: int, group: Any) -> list[torch.Tensor]:
     """Every rank's part, of so many entries along `dim`. They are padded on the wire only."""
     most = max(sizes)
+    if not most:
+        return [part] * len(sizes)
     part = part.transpose(0, dim)
     if len(part) < most:
         part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from worker.parallel.plan import WHOLE, Carrier, Count, Frames, Grid, PlanMismatch, Spans, Tokens, of_each
+from worker.parallel.plan import (
+    WHOLE,
+    Carrier,
+    Compressed,
+    Count,
+    Frames,
+    Grid,
+    GroupedMask,
+    PlanMismatch,
+    Spans,
+    Tokens,
+    of_each,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Part:
     """What of one stream a call brings, and what of that this rank has.
 
     Many blocks cannot compute on nothing. A rank without any token holds the stream's first one: nothing
-    attends to it and nothing is made of it.
+    attends to it and nothing is made of it. Of a stream without tokens there is none to hold.
 
     Args:
         length: tokens of the whole stream.
@@ -64,11 +77,11 @@ class Part:
     def held(self) -> tuple[int, int]:
         """First and last-plus-one of the tokens this rank's blocks compute on."""
         start = self.first + self.shard.start(self.rank)
-        return (start, start + self.true) if self.true else (0, 1)
+        return (start, start + self.true) if self.true else (0, min(1, self.length))
 
     @property
     def size(self) -> int:
-        """How many this rank's blocks compute on: at least one."""
+        """How many this rank's blocks compute on: at least one, if the stream has any."""
         start, stop = self.held
         return stop - start
 
@@ -122,7 +135,9 @@ class Parts:
         shape = list(tensor.shape)
         shape[dim] = 1
         zero = tensor.new_zeros(shape)
-        filled = [p if part.true else zero for p, part in zip(pieces, parts, strict=True)]
+        filled = [
+            p if part.true else zero.narrow(dim, 0, part.size) for p, part in zip(pieces, parts, strict=True)
+        ]
         return torch.cat(filled, dim)
 
     # ------------------------------------------------------------------ cutting
@@ -137,6 +152,10 @@ class Parts:
             return type(value)(self.take(one, part) for one, part in of_each(carrier, value))
         if isinstance(carrier, Count):
             return self._count(self._of[carrier.streams], value)
+        if isinstance(carrier, Compressed):
+            return self._compressed(carrier, value)
+        if isinstance(carrier, GroupedMask):
+            return self._mask(carrier, value)
         if not isinstance(value, torch.Tensor):
             return value
         if isinstance(carrier, Grid):
@@ -188,6 +207,34 @@ class Parts:
         per_frame = -(-part.length // value.shape[1])
         return value[:, torch.arange(*part.held, device=value.device) // per_frame]
 
+    def _compressed(self, carrier: Compressed, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._tokens(Tokens(carrier.streams), value)
+        data, every = getattr(value, carrier.data), getattr(value, carrier.every)
+        part = self._of[carrier.streams]
+        if data.shape[1] > 1:
+            if data.shape[1] * every != part.length:
+                raise PlanMismatch(
+                    f"{data.shape[1]} entries for {every} tokens each lie along {part.length} tokens "
+                    f"({carrier.streams})"
+                )
+            data = data[:, torch.arange(*part.held, device=data.device) // every]
+        own = copy.copy(value)
+        for name, content in ((carrier.data, data), (carrier.entries, data.shape[1]), (carrier.every, 1)):
+            setattr(own, name, content)
+        return own
+
+    def _mask(self, carrier: GroupedMask, value: Any) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value
+        start, count = getattr(value, carrier.start), getattr(value, carrier.count)
+        length = self._of[carrier.streams].length
+        group = getattr(value, carrier.group)
+        mask = group.new_zeros(1, 1, length, length)
+        mask[:, :, :start] = getattr(value, carrier.before)
+        mask[:, :, start : start + count] = group
+        return mask
+
     def _count(self, part: Part, value: int) -> int:
         start, stop = part.held
         unit = part.shard.unit
@@ -200,7 +247,9 @@ class Parts:
             start, stop = part.held
             for low, high, *content in value:
                 high = first + part.length if high is None else high
-                low, high = max(low - first, start), min(high - first, stop)
-                if low < high:
-                    yield at + low - start, at + high - start, *content
+                own = max(low - first, start), min(high - first, stop)
+                if own[0] < own[1]:
+                    rows = slice(own[0] + first - low, own[1] + first - low)
+                    content = [one[rows] if isinstance(one, torch.Tensor) else one for one in content]
+                    yield at + own[0] - start, at + own[1] - start, *content
             at, first = at + part.size, first + part.length

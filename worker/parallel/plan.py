@@ -57,8 +57,44 @@ class Frames:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """An object that keeps one entry (B, entries, ...) for every so many tokens, or a tensor in its place.
+
+    In a part it keeps one per token.
+
+    Args:
+        data, entries, every: its attributes: the tensor, its number of entries, the tokens of each.
+    """
+
+    streams: str
+    data: str
+    entries: str
+    every: str
+
+
+@dataclass(frozen=True)
+class GroupedMask:
+    """An added mask that an object keeps for two groups of queries, or a tensor; in a part that of all pairs.
+
+    Args:
+        start, count: its attributes: the first query of the second group, and how many it has; queries behind
+            it have no mask.
+        before, group: masks (1, 1, 1, keys) of the queries before it, and (1, 1, count, keys) of its own.
+    """
+
+    streams: str
+    start: str
+    count: str
+    before: str
+    group: str
+
+
+@dataclass(frozen=True)
 class Spans:
-    """A list of (first token, end or None, anything more) over some streams."""
+    """A list of (first token, end or None, anything more) over some streams.
+
+    A tensor among the more has one entry for every token of its span.
+    """
 
     streams: str
 
@@ -70,7 +106,7 @@ class Count:
     streams: str
 
 
-Carrier = Tokens | Grid | Frames | Spans | Count
+Carrier = Tokens | Grid | Frames | Compressed | GroupedMask | Spans | Count
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,7 @@ class Attend:
         linear: without softmax: the first matrix product in the module sums over tokens.
         counted: the module drops tokens itself, so ranks tell each other how many are left.
         optional: some models of the class have no such module.
+        unless: an entry of `transformer_options` with which the module does not attend.
     """
 
     query: str
@@ -90,6 +127,7 @@ class Attend:
     linear: bool = False
     counted: bool = False
     optional: bool = False
+    unless: str = ""
 
     @property
     def keys(self) -> str:
@@ -121,6 +159,9 @@ class Blocks:
 class Region:
     """Blocks between which tokens stay split.
 
+    Names of modules may have a method behind them (`blocks:forward_text`), which the model calls in place of
+    the module.
+
     Args:
         blocks: module lists in the order they run.
         attention: modules (`blocks.*.attn`, `*` is one name) that attend between tokens; a tuple for one that
@@ -130,9 +171,11 @@ class Region:
         same: arguments that are passed as they are. A block with an argument that is nowhere in the plan is
             refused: it could lie along tokens.
         gather: the streams that are whole behind the region; others stay split, as nothing reads them.
-        at: the module before which they are gathered, in its first argument; none is behind the last block.
+        at: the module before which they are gathered, in its first argument, or several of which a call has
+            one; none is behind the last block.
         each: they are cut and gathered in every block.
-        whole: modules that mix tokens in a way of their own, and so see all: (argument, streams).
+        whole: modules that mix tokens in a way of their own, and so see all: arguments and their streams, of
+            which the first is the output's, too. Attention in them may be one of "*".
         units: streams that are only cut between units (rows of a picture): the argument that says how many
             tokens a unit has.
         halo: 3 x 3 convolutions (B, C, rows, columns) in a block, which see a row of each neighbour.
@@ -146,7 +189,7 @@ class Region:
     gather: str = ""
     at: str = ""
     each: bool = False
-    whole: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    whole: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)
     halo: tuple[str, ...] = ()
     control: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -103,12 +103,18 @@ def catching(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     ) -> torch.Tensor:
         if not _attending or _attending[-1] is None:
             return original(q, k, v, heads, mask, *args, **options)
+        q, k, v = (_content(t) for t in (q, k, v))
         if args:
             raise PlanMismatch(f"optimized_attention is called with {len(args)} more positional arguments")
         return _comfyui_attention(original, q, k, v, heads, mask, options)
 
     optimized_attention.original = original
     return optimized_attention
+
+
+def _content(given: Any) -> torch.Tensor:
+    """What some classes hand over in a container, so that the attention may free it."""
+    return given if isinstance(given, torch.Tensor) else given.take()
 
 
 def _comfyui_attention(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from worker.checkpoints import Checkpoint, Part, Source
+from worker.parallel import hooks
 
 # The block that computes and the next one, whose weights come meanwhile.
 BUFFERS = 2
@@ -99,9 +100,11 @@ class ShardedWeights:
             view = self._rows[place.block][place.start : place.stop].view(place.dtype).view(place.shape)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
         for number, name in enumerate(self._blocks):
-            module.get_submodule(name).register_forward_pre_hook(
-                lambda _module, _args, number=number: self._gather(number)
-            )
+            block = module.get_submodule(name)
+            for method in ("", *_called_too(block)):
+                hooks.before(
+                    block, method, lambda _module, _args, _kwargs, number=number: self._gather(number)
+                )
 
     def weights(self) -> dict[str, ShardedWeight]:
         """Every weight, to write to."""
@@ -167,6 +170,11 @@ class ShardedWeights:
         start, stop = (element * place.dtype.itemsize for element in self._own(place))
         offset = place.start - self._rank * self._lengths[place.block]
         return self._parts[place.block][offset + start : offset + stop].view(place.dtype)
+
+
+def _called_too(block: nn.Module) -> list[str]:
+    """Methods that some models call in place of the block."""
+    return [name for name in vars(type(block)) if name.startswith("forward_")]
 
 
 def _aligned(count: int) -> int:

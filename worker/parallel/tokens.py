@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.parallel import seam
+from worker.parallel import hooks, seam
 from worker.parallel.attention import WithLogSumExp
 from worker.parallel.exchange import Exchange, FirstProductSummed
 from worker.parallel.mesh import Mesh
@@ -59,7 +59,7 @@ class SpreadTokens:
 
     def close(self) -> None:
         """Leave the module as it was."""
-        for hook in self._hooks:
+        for hook in reversed(self._hooks):
             hook.remove()
 
     def enter(self, lengths: Mapping[str, int]) -> None:
@@ -89,25 +89,26 @@ class SpreadTokens:
             for i, block in enumerate(blocks):
                 first = region.each or i == 0
                 ends = region.each or (block is last and not region.at)
-                self._attach_block(region, region.blocks[name], block, first, ends)
+                self._attach_block(region, name, block, first, ends)
         for pattern, attends in region.attention.items():
             found, attends = self._matching(pattern), attends if isinstance(attends, tuple) else (attends,)
-            if not found and pattern.split(".*")[0] in lists and not attends[0].optional:
+            if not found and pattern.split(".*")[0] in map(_module_of, lists) and not attends[0].optional:
                 raise PlanMismatch(f"this {self.name} has no {pattern}, which its plan says attends")
             for module in found:
-                self._attach_attention(module, attends)
-        for pattern, (argument, streams) in region.whole.items():
+                self._attach_attention(module, _method_of(pattern), attends)
+        for pattern, arguments in region.whole.items():
             for module in self._matching(pattern):
-                self._attach_whole(module, argument, streams)
-        if region.at:
-            self._hook(self._module(region.at), lambda _m, args: self._gather_first(region, args))
+                self._attach_whole(module, _method_of(pattern), arguments)
+        for name in region.at.split():
+            self._hook(self._module(name), lambda _m, args: self._gather_first(region, args))
         for name in region.halo:
             for blocks in lists.values():
                 for block in blocks:
                     self._attach_halo(block.get_submodule(name))
 
-    def _attach_block(self, region: Region, plan: Blocks, block: nn.Module, first: bool, ends: bool) -> None:
-        arguments = Arguments(block, plan, region, self.name)
+    def _attach_block(self, region: Region, name: str, block: nn.Module, first: bool, ends: bool) -> None:
+        plan, method = region.blocks[name], _method_of(name)
+        arguments = Arguments(block, plan, region, self.name, method)
 
         def before(
             _block: nn.Module, args: tuple[Any, ...], kwargs: Values
@@ -120,13 +121,13 @@ class SpreadTokens:
                     values[name] = self._table(name, carrier, values[name])
             return arguments.back(values)
 
-        self._hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(hooks.before(block, method, before))
         if ends:
             self._hooks.append(
-                block.register_forward_hook(lambda _m, _a, output: self._leave(region, plan, output))
+                hooks.after(block, method, lambda _m, _a, _k, output: self._leave(region, plan, output))
             )
 
-    def _attach_attention(self, module: nn.Module, attends: tuple[Attend, ...]) -> None:
+    def _attach_attention(self, module: nn.Module, method: str, attends: tuple[Attend, ...]) -> None:
         if attends[0].linear:
             summed = FirstProductSummed(self.mesh)
             self._hooks.append(module.register_forward_pre_hook(lambda *_: summed.begin()))
@@ -136,9 +137,11 @@ class SpreadTokens:
             return
         attention = self.exchange.module(attends)
 
-        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        def after(_module: nn.Module, _args: Any, kwargs: Values, output: Any) -> None:
             seam.end()
-            if output is not None and attention.calls == 0:  # None: the module raised, and says why itself
+            skipped = (kwargs.get("transformer_options") or {}).get(attends[0].unless)
+            # Without an output the module raised, and says why itself.
+            if output is not None and attention.calls == 0 and not skipped:
                 raise PlanMismatch(
                     f"no attention of {type(module).__name__} in {self.name} came to the seam, so its tokens "
                     "would attend to this rank's alone; choose PyTorch's attention, or cfg_parallel_degree "
@@ -149,21 +152,27 @@ class SpreadTokens:
             attention.calls = 0
             seam.begin(attention)
 
-        self._hooks.append(module.register_forward_pre_hook(before))
-        self._hooks.append(module.register_forward_hook(after, always_call=True))
+        self._hooks.append(hooks.before(module, method, before))
+        self._hooks.append(hooks.after(module, method, after, always_call=True))
 
-    def _attach_whole(self, module: nn.Module, argument: str, streams: str) -> None:
-        names = list(inspect.signature(module.forward).parameters)
+    def _attach_whole(self, module: nn.Module, method: str, arguments: Mapping[str, str]) -> None:
+        names = list(inspect.signature(getattr(module, method or "forward")).parameters)
+        streams = next(iter(arguments.values()))
 
         def before(
             _module: nn.Module, args: tuple[Any, ...], kwargs: Values
         ) -> tuple[tuple[Any, ...], Values]:
             values = dict(zip(names, args, strict=False)) | kwargs
-            values[argument] = self.whole(values[argument], streams)
+            for argument, of in arguments.items():
+                if values[argument] is not None:
+                    values[argument] = self.whole(values[argument], of)
             return (), values
 
-        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        self._hook_output(module, lambda output: self.parts.cut(output, streams, 1))
+        def after(_module: nn.Module, _args: Any, _kwargs: Values, output: Any) -> Any:
+            return self.parts.cut(output, streams, 1)
+
+        self._hooks.append(hooks.before(module, method, before))
+        self._hooks.append(hooks.after(module, method, after))
 
     def _attach_halo(self, convolution: nn.Module) -> None:
         mesh = self.mesh
@@ -184,12 +193,13 @@ class SpreadTokens:
         self._hooks.append(module.register_forward_hook(lambda _m, _a, output: change(output)))
 
     def _module(self, name: str) -> nn.Module:
+        name = _module_of(name)
         if name not in self._modules:
             raise PlanMismatch(f"this {self.name} has no {name}, and its plan says it has")
         return self._modules[name]
 
     def _matching(self, pattern: str) -> list[nn.Module]:
-        form = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+        form = re.compile(re.escape(_module_of(pattern)).replace(r"\*", r"[^.]+"))
         return [module for name, module in self._modules.items() if form.fullmatch(name)]
 
     # ------------------------------------------------------------------ entering and leaving
@@ -264,9 +274,9 @@ class SpreadTokens:
 class Arguments:
     """The arguments of one block by name, checked against the plan."""
 
-    def __init__(self, block: nn.Module, plan: Blocks, region: Region, model: str):
+    def __init__(self, block: nn.Module, plan: Blocks, region: Region, model: str, method: str = ""):
         self._block, self._model, self._given = type(block).__name__, model, plan.names
-        parameters = inspect.signature(block.forward).parameters.values()
+        parameters = inspect.signature(getattr(block, method or "forward")).parameters.values()
         plain = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._names = plan.names or tuple(plain)
         self.tables = {**region.tables, **plan.tables}
@@ -296,6 +306,14 @@ class Arguments:
                 f"{self._block} of this {self._model} takes {', '.join(new)}, which its plan does not know: "
                 "it could lie along tokens"
             )
+
+
+def _module_of(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def _method_of(name: str) -> str:
+    return name.partition(":")[2]
 
 
 def _each(carrier: Any, value: Any) -> list[tuple[Carrier, Any]]:

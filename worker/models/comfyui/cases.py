@@ -73,8 +73,10 @@ def _ltxv(d: Draw, per_token: bool = False) -> Any:
 
 
 def _ltxav(d: Draw, per_token: bool = False) -> Any:
-    time = (d(105).sigmoid(), d(9).sigmoid()) if per_token else d.time()
-    return ([d(CHANNELS, *SMALL_VIDEO), d(8, 9, 16)], time, d.prompt(2 * TEXT)), {}
+    # Rows share a noise mask: 0.33 takes the largest timestep of them all.
+    times = tuple(d(n).sigmoid()[:1].expand(d.batch, n) for n in (105, 9))
+    latents = [d(CHANNELS, *SMALL_VIDEO), d(8, 9, 16)]
+    return (latents, times if per_token else d.time(), d.prompt(2 * TEXT)), {}
 
 
 def _hunyuan_video(d: Draw, **more: Any) -> Any:

@@ -98,6 +98,7 @@ LTXV: Size = {
 LTXAV: Size = LTXV | {
     "audio_cross_attention_dim": 32, "audio_attention_head_dim": 16, "audio_num_attention_heads": 2,
     "rope_type": "split", "use_middle_indices_grid": True,
+    "connector_attention_head_dim": 20, "connector_num_attention_heads": 2, "connector_num_layers": 1,
 }  # fmt: skip
 COSMOS2: Size = {
     "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": CHANNELS, "out_channels": CHANNELS,

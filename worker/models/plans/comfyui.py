@@ -6,7 +6,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from worker.models.plans import comfyui_image, comfyui_other, comfyui_video
-from worker.parallel import Attend, Blocks, Carrier, Count, Frames, Grid, Plan, Region, Spans, Tokens
+from worker.parallel import (
+    Attend,
+    Blocks,
+    Carrier,
+    Compressed,
+    Count,
+    Frames,
+    Grid,
+    GroupedMask,
+    Plan,
+    Region,
+    Spans,
+    Tokens,
+)
 
 IMAGE, TEXT = Tokens("image"), Tokens("text")
 OPTIONS = "transformer_options"
@@ -66,20 +79,6 @@ def _one(
         at,
     )
 
-
-def _wan(whole: str = "", **more: Blocks) -> Plan:
-    """`whole` names modules between or in the blocks that mix tokens in a way of their own."""
-    region = _one(
-        "blocks", "x", "self_attn", "context context_img_len audio",
-        {"freqs": IMAGE, "e": Frames("image", 4)}, at="head",
-    )  # fmt: skip
-    attention = {f"{name}.*.self_attn": Attend("image") for name in more}
-    mixing = {whole: ("x", "image")} if whole else {}
-    blocks = {**region.blocks, **more}
-    return Plan((replace(region, blocks=blocks, attention=region.attention | attention, whole=mixing),))
-
-
-_VACE = Blocks({"c": IMAGE}, ("image", "image"), tables={"x": IMAGE})
 
 QWEN = Plan(
     (
@@ -151,28 +150,43 @@ MOCHI = Region(
     _same("c y crop_y"),
     "image",
 )
-LTXV = _one(
-    "transformer_blocks", "x", "attn1", "context attention_mask prompt_timestep self_attention_mask",
-    {"timestep": IMAGE, "pe": Tokens("image", ROTARY)},
+
+
+def _guides(stream: str) -> GroupedMask:
+    """How much a video sees of pictures behind it."""
+    return GroupedMask(stream, "guide_start", "tracked_count", "noisy_mask", "tracked_mask")
+
+
+UNGUIDED = "stg_skip_self_attn"  # of calls whose self-attention passes values through
+LTXV = replace(
+    _one(
+        "transformer_blocks", "x", "attn1", "context attention_mask prompt_timestep",
+        {"timestep": IMAGE, "pe": Tokens("image", ROTARY), "self_attention_mask": _guides("image")},
+    ),
+    attention={"transformer_blocks.*.attn1": Attend("image", unless=UNGUIDED)},
 )  # fmt: skip
 
 
 def _ltxav() -> Region:
     video, audio = Tokens("video"), Tokens("audio")
     names = ("timestep", "cross_scale_shift_timestep", "cross_gate_timestep")
-    tables = {f"{s[0]}_{name}": Tokens(s) for s in ("video", "audio") for name in names}
+    # From 0.33 on the video's are kept once for each frame.
+    kept = {"data": "data", "entries": "num_frames", "every": "patches_per_frame"}
+    tables: dict[str, Carrier] = {
+        f"{s[0]}_{name}": Compressed(s, **kept) for s in ("video", "audio") for name in names
+    }
     tables |= {f"{s[0]}_{name}": Tokens(s, ROTARY) for s in ("video", "audio") for name in ("pe", "cross_pe")}
     attention = {
-        "attn1": Attend("video"),
-        "audio_attn1": Attend("audio"),
+        "attn1": Attend("video", unless=UNGUIDED),
+        "audio_attn1": Attend("audio", unless=UNGUIDED),
         "audio_to_video_attn": Attend("video", "audio"),
         "video_to_audio_attn": Attend("audio", "video"),
     }
     return Region(
         {"transformer_blocks": Blocks({"x": (video, audio)}, ("video", "audio"))},
         {f"transformer_blocks.*.{name}": attend for name, attend in attention.items()},
-        tables,
-        _same("v_context a_context attention_mask v_prompt_timestep a_prompt_timestep self_attention_mask"),
+        tables | {"self_attention_mask": _guides("video")},
+        _same("v_context a_context attention_mask v_prompt_timestep a_prompt_timestep"),
         "video audio",
     )
 
@@ -253,16 +267,13 @@ HUNYUAN_VIDEO, HUNYUAN_VIDEO_TEXT_FIRST = _flux("image text", ""), _flux("text i
 
 TEXT_FIRST = "text first"  # behind the name of a class: of the versions that join its streams so
 PLANS: dict[str, Plan] = {
-    "AnimateWanModel": _wan("face_adapter.fuser_blocks.*"),
     "AsymmDiTJoint": Plan((MOCHI,)),
     "AudioDiffusionTransformer": Plan((STABLE_AUDIO,)),
-    "CameraWanModel": _wan(),
     "Chroma": FLUX,
     "ChromaRadiance": RADIANCE,
     "Flux": FLUX,
     "GeneralDIT": Plan((COSMOS1,)),
     "HiDreamImageTransformer2DModel": Plan((HIDREAM,)),
-    "HumoWanModel": _wan("blocks.*.audio_cross_attn_wrapper"),
     "HunYuanDiT": Plan((HUNYUAN_DIT,)),
     "HunYuanDiTPlain": Plan((HUNYUAN3D21,)),
     "Hunyuan3Dv2": FLUX,
@@ -280,9 +291,6 @@ PLANS: dict[str, Plan] = {
     "OpenAISignatureMMDITWrapper": SD3,
     "PixArtMS": Plan((_one("blocks", "x", "attn", "y t mask HW"),)),
     "QwenImageTransformer2DModel": QWEN,
-    "VaceWanModel": _wan(vace_blocks=_VACE),
-    "WanModel": _wan(),
-    "WanModel_S2V": _wan("audio_injector"),
     **comfyui_image.PLANS,
     **comfyui_video.PLANS,
     **comfyui_other.PLANS,
