@@ -22,11 +22,14 @@ from worker.parallel.plan import (
     Blocks,
     Compressed,
     GroupedMask,
+    Named,
     Plan,
     PlanMismatch,
+    Prefix,
     Region,
     Spans,
     Tokens,
+    Voxels,
 )
 from worker.parallel.tokens import SpreadTokens
 
@@ -159,6 +162,142 @@ def test_a_name_that_the_model_lacks_is_an_error():
     region = Region({"layers": Blocks({"x": Tokens("image")}, ("image",))})
     with pytest.raises(PlanMismatch, match="has no layers"):
         SpreadTokens(Model(), Plan((region,)), Mesh())
+
+
+def test_blocks_may_be_modules_of_blocks():
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = Model()
+    model.blocks[0] = Outer()
+    blocks = Blocks({"x": Tokens("image")}, ("image",))
+    spread = SpreadTokens(
+        model, Plan((Region({"blocks.*.inner": blocks}, gather="image", each=True),)), Mesh()
+    )
+    model(torch.zeros(1, 5, 2))
+    assert spread.parts["image"].length == 5
+    with pytest.raises(PlanMismatch, match=r"has no blocks\.\*\.other"):
+        SpreadTokens(model, Plan((Region({"blocks.*.other": blocks}),)), Mesh())
+
+
+def test_a_sum_over_tokens_needs_some_on_every_rank():
+    parts = Parts(2, 0)
+    parts.bring("image", 1)
+    with pytest.raises(PlanMismatch, match="cannot be split over 2 ranks"):
+        parts.bring("image", 1, every=True)
+
+
+class Attending(torch.nn.Module):
+    """A block whose tokens see those up to `reach` away; or each those before it, as the prefix does."""
+
+    def __init__(self, reach: int | None, prefix: int = 0):
+        super().__init__()
+        self.reach, self.prefix = reach, prefix
+
+    def forward(self, x: torch.Tensor, kept: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+        attend, mask = torch.nn.functional.scaled_dot_product_attention, None
+        x = x[:, None]
+        if self.reach is not None:
+            places = torch.arange(x.shape[2])
+            mask = (places[:, None] - places).abs() <= self.reach
+        first, rest = x.split([self.prefix, x.shape[2] - self.prefix], 2)
+        out = attend(rest, x, x, attn_mask=mask)
+        if self.prefix:
+            out = torch.cat([attend(first, first, first, is_causal=True), out], 2)
+        return out[:, 0]
+
+
+class AttendingModel(Model):
+    def __init__(self, block: torch.nn.Module):
+        super().__init__()
+        self.blocks[0] = block
+
+    def forward(self, x: torch.Tensor, **lengths: int) -> torch.Tensor:
+        return self.blocks[0](x)
+
+
+@pytest.mark.parametrize("reach", [None, 1])
+def test_a_window_is_what_its_module_says(reach: int | None):
+    model, x = AttendingModel(Attending(reach)), torch.randn(1, 6, 4)
+    wanted = model(x)
+    region = Region(
+        {"blocks": Blocks({"x": Tokens("image")}, ("image",))},
+        {"blocks.*": Attend("image", window="reach")},
+        same=frozenset({"kept"}),
+    )
+    SpreadTokens(model, Plan((region,)), Mesh())
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_a_prefix_is_whole_and_causal():
+    model, x = AttendingModel(Attending(None, prefix=2)), torch.randn(1, 6, 4)
+    wanted = model(x)
+    region = Region(
+        {"blocks": Blocks({"x": Tokens("* image")}, ("* image",))},
+        {"blocks.*": Attend("image", "* image", causal=True)},
+        same=frozenset({"kept"}),
+        gather="image",
+        prefix=Prefix("long", "kept"),
+    )
+    spread = SpreadTokens(model, Plan((region,)), Mesh())
+    torch.testing.assert_close(model(x, long=2), wanted)
+    assert spread.parts["image"].length == 4
+
+
+class Sparse:
+    """As much of ComfyUI's sparse tensor as a plan knows of it."""
+
+    def __init__(self, feats: torch.Tensor, coords: torch.Tensor, shape: torch.Size):
+        self.feats, self.coords, self.shape = feats, coords, shape
+
+    @property
+    def layout(self) -> list[slice]:
+        ends = torch.bincount(self.coords[:, 0], minlength=self.shape[0]).cumsum(0).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def replace(self, feats: torch.Tensor) -> Sparse:
+        return Sparse(feats, self.coords, self.shape)
+
+
+def sparse(*counts: int) -> Sparse:
+    """Voxels of several items, so many of each."""
+    items = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    coords = torch.cat([items[:, None], torch.arange(3 * sum(counts)).view(-1, 3)], 1)
+    return Sparse(torch.randn(sum(counts), 4), coords, torch.Size([len(counts), 4]))
+
+
+def test_voxels_of_each_of_the_batch_are_split():
+    whole, picture = sparse(5, 5), torch.randn(10, 2)
+    for rank, size in ((0, 3), (1, 2)):
+        parts = Parts(2, rank)
+        parts.bring("image", 5)
+        own = torch.arange(10).view(2, 5)[:, slice(0, 3) if rank == 0 else slice(3, 5)].flatten()
+        part = parts.take(Voxels("image"), whole)
+        assert torch.equal(part.feats, whole.feats[own]) and torch.equal(part.coords, whole.coords[own])
+        assert [rows.stop - rows.start for rows in part.layout] == [size, size]
+        named = parts.take(Named({"proj": Voxels("image")}), {"proj": picture, "global": picture})
+        assert torch.equal(named["proj"], picture[own]) and named["global"] is picture
+
+
+def test_a_model_of_voxels_gets_them_back():
+    class Scaled(Block):
+        def forward(self, x):
+            return x.replace(2 * x.feats)
+
+    model = Model()
+    model.blocks[0] = Scaled()
+    blocks = {"blocks": Blocks({"x": Voxels("image")}, (Voxels("image"),))}
+    absent = Region({"others": Blocks()}, optional=True)
+    SpreadTokens(model, Plan((absent, Region(blocks, gather="image"))), Mesh())
+    whole = sparse(4, 4)
+    assert torch.equal(model(whole).feats, 2 * whole.feats)
+    with pytest.raises(PlanMismatch, match="shapes of 3 to 4 voxels in one batch"):
+        model(sparse(3, 4))
 
 
 def test_a_table_of_another_length_is_an_error():

@@ -20,9 +20,9 @@ from comfy_xdit.comfy_types.residuals import lend_embedders
 from comfy_xdit.comfy_types.weights import take_away
 from comfy_xdit.protocol import safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.outline import META, on_meta
 
 Tensors = dict[str, torch.Tensor]
-META = torch.device("meta")
 # Names of safetensors headers. What is not here (packed formats) has bytes for elements.
 DTYPES = {
     "F64": torch.float64,
@@ -50,7 +50,7 @@ def build_twin(path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | 
     config, shapes = detect(Path(path))
     config.set_inference_dtype(dtype, manual_cast)
     config.custom_operations = _twin_operations()
-    twin = config.get_model(shapes, "", device=META)
+    twin = on_meta(lambda: config.get_model(dict(shapes), "", device=META))
     # Shared by all clones. Nothing of this model needs the host's memory, and a host without any
     # free still gets positive and negative in one call.
     twin.memory_required = lambda *_, **__: 0

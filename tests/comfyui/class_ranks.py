@@ -70,8 +70,7 @@ def call(model: Any, case: Case, batch: int, spread: Any = None) -> list[torch.T
         kwargs["control"] = spread.residuals(kwargs["control"])
     # What samplers put there, and classes read.
     options = {"sigmas": torch.tensor([0.5]), "sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
-    out = model(*args, **kwargs, transformer_options=options)
-    return [out] if isinstance(out, torch.Tensor) else list(out)
+    return case.outputs(model, *args, **kwargs, transformer_options=options)
 
 
 def compared(

@@ -18,13 +18,16 @@ from worker.parallel.plan import (
     Frames,
     Grid,
     GroupedMask,
+    Named,
     Plan,
     PlanMismatch,
+    Prefix,
     Region,
     Spans,
     Tokens,
+    Voxels,
 )
-from worker.parallel.seam import catching
+from worker.parallel.seam import catching, choosing
 from worker.parallel.sharding import ShardedWeights
 from worker.parallel.stage import Stage
 from worker.parallel.tokens import SpreadTokens
@@ -41,9 +44,11 @@ __all__ = [
     "Grid",
     "GroupedMask",
     "Mesh",
+    "Named",
     "Patches",
     "Plan",
     "PlanMismatch",
+    "Prefix",
     "RankGroups",
     "Region",
     "Shard",
@@ -52,9 +57,11 @@ __all__ = [
     "SpreadTokens",
     "Stage",
     "Tokens",
+    "Voxels",
     "WithLogSumExp",
     "block_names",
     "catching",
+    "choosing",
     "ring_kernel",
     "scaled_dot_product_attention",
 ]

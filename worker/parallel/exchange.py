@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from worker.parallel.attention import WithLogSumExp
@@ -34,9 +35,9 @@ class Exchange:
         self._orders.clear()
         self.masks.clear()
 
-    def module(self, attends: tuple[Attend, ...]) -> ModuleAttention:
+    def module(self, attends: tuple[Attend, ...], module: nn.Module) -> ModuleAttention:
         """The attention of one planned module."""
-        return ModuleAttention(self, attends)
+        return ModuleAttention(self, attends, module)
 
     def whole(
         self, part: torch.Tensor, streams: str, dim: int = 1, which: Sequence[str] | None = None
@@ -72,8 +73,9 @@ class Exchange:
 class ModuleAttention:
     """The attention of one planned module: its n-th call is that of the n-th of `attends`, or of the last."""
 
-    def __init__(self, exchange: Exchange, attends: tuple[Attend, ...]):
-        self._exchange, self._attends = exchange, attends
+    def __init__(self, exchange: Exchange, attends: tuple[Attend, ...], module: nn.Module):
+        self._exchange, self._attends, self._module = exchange, attends, module
+        self.causal = any(attend.causal for attend in attends)
         self.calls = 0
         self._mask: tuple[Any, dict[Any, torch.Tensor]] = (None, {})  # the last one, and its blocks
 
@@ -101,11 +103,14 @@ class ModuleAttention:
         self._check(attend, sizes, query, key)
         if exchange.deaf:
             return self._held(local(query, key, value, None), attend.query, queries)
-        mask = self._whole_mask(attend.keys, keys, key, mask)
+        reach = getattr(self._module, attend.window) if attend.window else None
+        mask = self._whole_mask(attend.keys, keys, key, mask) if reach is None else None
         kept = self._kept(attend.keys, keys, key.device)
         usp = USP(exchange.mesh, *sizes, exchange.kernel, kept)
 
         def bias(block: int, heads: slice) -> torch.Tensor | None:
+            if reach is not None:
+                return self._window(attend, queries, keys, reach, query, block)
             return None if mask is None else self._bias(attend, queries, keys, kept, mask, block, heads)
 
         out = usp(query, key, value, bias, scale, local)
@@ -226,6 +231,23 @@ class ModuleAttention:
         ]
         return torch.cat(whole, 1)[:, None, None]
 
+    def _window(
+        self,
+        attend: Attend,
+        queries: list[Part],
+        keys: list[Part],
+        reach: int,
+        query: torch.Tensor,
+        block: int,
+    ) -> torch.Tensor:
+        """What is added to scores: nothing up to `reach` tokens away, and beyond what leaves none."""
+        exchange, mesh = self._exchange, self._exchange.mesh
+        rows = exchange.order(attend.query, queries, query.device).of(mesh.block(mesh.ring_rank))
+        columns = exchange.order(attend.keys, keys, query.device).of(mesh.block(block))
+        beyond = (rows[:, None] - columns).abs() > reach
+        least = torch.finfo(query.dtype).min
+        return query.new_zeros(beyond.shape).masked_fill_(beyond, least)[None, None]
+
     def _bias(
         self,
         attend: Attend,
@@ -270,11 +292,15 @@ class ModuleAttention:
 
 
 class FirstProductSummed(TorchFunctionMode):
-    """Linear attention: its first matrix product is a sum over tokens, so the ranks' products add up."""
+    """Linear attention: its first matrix product is a sum over tokens, so the ranks' products add up.
 
-    def __init__(self, mesh: Mesh):
+    Args:
+        deaf: they do not.
+    """
+
+    def __init__(self, mesh: Mesh, deaf: bool = False):
         super().__init__()
-        self._mesh, self._waiting = mesh, False
+        self._mesh, self._deaf, self._waiting = mesh, deaf, False
 
     def begin(self) -> None:
         """The module runs."""
@@ -292,7 +318,7 @@ class FirstProductSummed(TorchFunctionMode):
         if func is not torch.matmul or not self._waiting:
             return result
         self._waiting = False
-        return self._mesh.sum(result)
+        return result if self._deaf else self._mesh.sum(result)
 
 
 def _sizes(parts: list[Part]) -> list[int]:

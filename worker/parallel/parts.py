@@ -17,9 +17,11 @@ from worker.parallel.plan import (
     Frames,
     Grid,
     GroupedMask,
+    Named,
     PlanMismatch,
     Spans,
     Tokens,
+    Voxels,
     of_each,
 )
 
@@ -99,13 +101,23 @@ class Parts:
     def __contains__(self, stream: str) -> bool:
         return stream in self._of
 
-    def bring(self, stream: str, length: int, unit: int = 1, span: tuple[int, int] | None = None) -> None:
+    def bring(
+        self,
+        stream: str,
+        length: int,
+        unit: int = 1,
+        span: tuple[int, int] | None = None,
+        every: bool = False,
+    ) -> None:
         """A stream of so many tokens; a call may bring a `span` of them only.
+
+        Args:
+            every: each rank needs tokens of its own.
 
         Raises:
             PlanMismatch: its length is no number of whole units, or there are fewer units than ranks.
         """
-        if unit > 1 and (length % unit or length // unit < self.ranks):
+        if (unit > 1 or every) and (length % unit or length // unit < self.ranks):
             raise PlanMismatch(
                 f"{length} {stream} tokens in rows of {unit} cannot be split over {self.ranks} ranks, each "
                 "of which needs a row; draw a larger picture, or use fewer ranks for one sequence"
@@ -148,6 +160,10 @@ class Parts:
             return None
         if isinstance(carrier, Spans):
             return list(self._spans(carrier.streams.split(), value))
+        if isinstance(carrier, Voxels):
+            return self._voxels(carrier, value)
+        if isinstance(carrier, Named):
+            return self._entries(carrier, value)
         if isinstance(value, (tuple, list)):
             return type(value)(self.take(one, part) for one, part in of_each(carrier, value))
         if isinstance(carrier, Count):
@@ -234,6 +250,20 @@ class Parts:
         mask[:, :, :start] = getattr(value, carrier.before)
         mask[:, :, start : start + count] = group
         return mask
+
+    def _voxels(self, carrier: Voxels, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            rows = (self._voxels(carrier, tensor) for tensor in (value.feats, value.coords))
+            return type(value)(*rows, value.shape)
+        rows = value.unflatten(0, (-1, self._of[carrier.streams].length))
+        return self.cut(rows, carrier.streams, 1).flatten(0, 1)
+
+    def _entries(self, carrier: Named, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return value | {
+            name: self.take(c, value[name]) for name, c in carrier.entries.items() if name in value
+        }
 
     def _count(self, part: Part, value: int) -> int:
         start, stop = part.held

@@ -90,6 +90,24 @@ class GroupedMask:
 
 
 @dataclass(frozen=True)
+class Voxels:
+    """A sparse tensor of ComfyUI's, with `feats` (rows, D) at `coords` (rows, 4); or a tensor (rows, D).
+
+    Each of the batch has as many rows, those of one after those of another; its `layout` has them as slices.
+    """
+
+    streams: str
+
+
+@dataclass(frozen=True)
+class Named:
+    """A dictionary with entries that lie along tokens; what is no dictionary is passed as it is."""
+
+    entries: Mapping[str, Carrier]
+    streams: str = ""
+
+
+@dataclass(frozen=True)
 class Spans:
     """A list of (first token, end or None, anything more) over some streams.
 
@@ -106,7 +124,7 @@ class Count:
     streams: str
 
 
-Carrier = Tokens | Grid | Frames | Compressed | GroupedMask | Spans | Count
+Carrier = Tokens | Grid | Frames | Compressed | GroupedMask | Voxels | Named | Spans | Count
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,9 @@ class Attend:
         key: those of its keys and values; none is those of its queries.
         linear: without softmax: the first matrix product in the module sums over tokens.
         counted: the module drops tokens itself, so ranks tell each other how many are left.
+        window: the module's attribute that says how many tokens away a query still sees a key (none: all);
+            the mask that the module makes of it, of this rank's tokens, is made anew.
+        causal: a causal attention in the module is one between tokens that every rank has whole.
         optional: some models of the class have no such module.
         unless: an entry of `transformer_options` with which the module does not attend.
     """
@@ -126,6 +147,8 @@ class Attend:
     key: str = ""
     linear: bool = False
     counted: bool = False
+    window: str = ""
+    causal: bool = False
     optional: bool = False
     unless: str = ""
 
@@ -156,6 +179,19 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """The first tokens of a sequence, which see none but each other: "*", as every rank has them whole.
+
+    Args:
+        length: the argument of the model's call that says how many.
+        kept: the argument of a block that is not empty where their keys come in their place.
+    """
+
+    length: str
+    kept: str
+
+
+@dataclass(frozen=True)
 class Region:
     """Blocks between which tokens stay split.
 
@@ -163,7 +199,8 @@ class Region:
     the module.
 
     Args:
-        blocks: module lists in the order they run.
+        blocks: module lists in the order they run; or modules, as `blocks.*.attn`, of blocks that see tokens
+            whole but there.
         attention: modules (`blocks.*.attn`, `*` is one name) that attend between tokens; a tuple for one that
             does so several times. Every other module of a block treats each token by itself, or sees with
             each of them the same whole thing (cross attention to a whole prompt).
@@ -176,9 +213,12 @@ class Region:
         each: they are cut and gathered in every block.
         whole: modules that mix tokens in a way of their own, and so see all: arguments and their streams, of
             which the first is the output's, too. Attention in them may be one of "*".
+        prefix: of the sequence that is cut.
         units: streams that are only cut between units (rows of a picture): the argument that says how many
             tokens a unit has.
-        halo: 3 x 3 convolutions (B, C, rows, columns) in a block, which see a row of each neighbour.
+        halo: convolutions of 3 (B, C, tokens) or 3 x 3 (B, C, rows, columns) in a block, which see a token or
+            a row of each neighbour.
+        optional: some models of the class have no such blocks.
         control: lists of ControlNet residuals: the list of blocks after which each is added, and its streams.
     """
 
@@ -190,8 +230,10 @@ class Region:
     at: str = ""
     each: bool = False
     whole: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    prefix: Prefix | None = None
     units: Mapping[str, str] = field(default_factory=dict)
     halo: tuple[str, ...] = ()
+    optional: bool = False
     control: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 

@@ -18,7 +18,13 @@ from worker.parallel.plan import PlanMismatch
 
 
 class Attending(Protocol):
-    """What a planned module's attention becomes while the module runs."""
+    """What a planned module's attention becomes while the module runs.
+
+    Args:
+        causal: but for one that is causal, which stays what it was.
+    """
+
+    causal: bool
 
     def attend(
         self,
@@ -66,7 +72,8 @@ def _torch_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """In place of torch.nn.functional.scaled_dot_product_attention."""
-    if not _attending or _attending[-1] is None:
+    attending = _attending[-1] if _attending else None
+    if attending is None or (is_causal and attending.causal):
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -78,7 +85,7 @@ def _torch_attention(
     def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
-    return _attending[-1].attend(query, key, value, attn_mask, scale, local)
+    return attending.attend(query, key, value, attn_mask, scale, local)
 
 
 def catch_torch() -> None:
@@ -115,6 +122,17 @@ def catching(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 def _content(given: Any) -> torch.Tensor:
     """What some classes hand over in a container, so that the attention may free it."""
     return given if isinstance(given, torch.Tensor) else given.take()
+
+
+def choosing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ComfyUI's `optimized_attention_for_device`, with the seam in front of the attention it returns."""
+
+    def optimized_attention_for_device(*args: Any, **options: Any) -> Any:
+        attention = original(*args, **options)
+        return attention if hasattr(attention, "original") else catching(attention)
+
+    optimized_attention_for_device.original = original
+    return optimized_attention_for_device
 
 
 def _comfyui_attention(

@@ -16,7 +16,7 @@ from worker.parallel.attention import WithLogSumExp
 from worker.parallel.exchange import Exchange, FirstProductSummed
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts
-from worker.parallel.plan import Attend, Blocks, Carrier, Grid, Plan, PlanMismatch, Region, Tokens
+from worker.parallel.plan import Attend, Blocks, Carrier, Grid, Plan, PlanMismatch, Region, Tokens, Voxels
 
 Values = dict[str, Any]
 
@@ -51,10 +51,16 @@ class SpreadTokens:
         self._modules = dict(module.named_modules())
         self._once: dict[tuple[str, int], tuple[Any, Any]] = {}
         self._grids: dict[str, torch.Size] = {}
+        self._voxels: dict[str, Any] = {}  # sparse tensors, as they came
+        self._prefixes: dict[str, int] = {}  # lengths, as this call of the model says
         self._hooks: list[Any] = []
         seam.catch_torch()
         for region in plan.regions:
+            if region.optional and not all(self._has(name) for name in region.blocks):
+                continue
             self._attach(region)
+            if region.prefix:
+                self._attach_prefix(module, region.prefix.length)
         self._modules = {}  # a stage takes out blocks of others
 
     def close(self) -> None:
@@ -82,7 +88,7 @@ class SpreadTokens:
     # ------------------------------------------------------------------ hooks
 
     def _attach(self, region: Region) -> None:
-        lists = {name: list(self._module(name).children()) for name in region.blocks}
+        lists = {name: self._blocks(name) for name in region.blocks}
         lists = {name: blocks for name, blocks in lists.items() if blocks}
         last = next(reversed(lists.values()))[-1]
         for name, blocks in lists.items():
@@ -129,13 +135,13 @@ class SpreadTokens:
 
     def _attach_attention(self, module: nn.Module, method: str, attends: tuple[Attend, ...]) -> None:
         if attends[0].linear:
-            summed = FirstProductSummed(self.mesh)
+            summed = FirstProductSummed(self.mesh, self.exchange.deaf)
             self._hooks.append(module.register_forward_pre_hook(lambda *_: summed.begin()))
             self._hooks.append(
                 module.register_forward_hook(lambda _m, _a, output: summed.end(output), always_call=True)
             )
             return
-        attention = self.exchange.module(attends)
+        attention = self.exchange.module(attends, module)
 
         def after(_module: nn.Module, _args: Any, kwargs: Values, output: Any) -> None:
             seam.end()
@@ -174,6 +180,12 @@ class SpreadTokens:
         self._hooks.append(hooks.before(module, method, before))
         self._hooks.append(hooks.after(module, method, after))
 
+    def _attach_prefix(self, model: nn.Module, length: str) -> None:
+        def note(_module: nn.Module, _args: Any, kwargs: Values) -> None:
+            self._prefixes[length] = kwargs.get(length) or 0
+
+        self._hooks.append(model.register_forward_pre_hook(note, with_kwargs=True))
+
     def _attach_halo(self, convolution: nn.Module) -> None:
         mesh = self.mesh
 
@@ -192,11 +204,21 @@ class SpreadTokens:
     def _hook_output(self, module: nn.Module, change: Callable[[Any], Any]) -> None:
         self._hooks.append(module.register_forward_hook(lambda _m, _a, output: change(output)))
 
+    def _has(self, name: str) -> bool:
+        return name in self._modules
+
     def _module(self, name: str) -> nn.Module:
         name = _module_of(name)
         if name not in self._modules:
             raise PlanMismatch(f"this {self.name} has no {name}, and its plan says it has")
         return self._modules[name]
+
+    def _blocks(self, name: str) -> list[nn.Module]:
+        if "*" not in name:
+            return list(self._module(name).children())
+        if not (found := self._matching(name)):
+            raise PlanMismatch(f"this {self.name} has no {name}, and its plan says it has")
+        return found
 
     def _matching(self, pattern: str) -> list[nn.Module]:
         form = re.compile(re.escape(_module_of(pattern)).replace(r"\*", r"[^.]+"))
@@ -213,16 +235,23 @@ class SpreadTokens:
             values[name] = self.parts.take(carrier, values[name])
 
     def _measure(self, region: Region, carrier: Carrier, value: Any, values: Values) -> None:
-        stream = carrier.streams
+        *_, stream = carrier.streams.split()
         unit = values[region.units[stream]] if stream in region.units else 1
         if isinstance(carrier, Grid):
             self._grids[stream] = grid = value.shape[carrier.first : carrier.last + 1]
             length = grid.numel()
+        elif isinstance(carrier, Voxels):
+            self._voxels[stream] = value
+            length = _each_as_many(value)
         elif isinstance(carrier, Tokens):
             length = value.shape[carrier.dim]
+            if region.prefix and not values.get(region.prefix.kept):
+                length -= self._prefixes[region.prefix.length]
         else:
             return  # a count tells nothing of lengths
-        self.parts.bring(stream, length, unit, self.spans.get(stream))
+        # Beside an edge, and in a sum over tokens, nothing may stand in for a token.
+        every = bool(region.halo) or any(one.linear for one in _attends(region))
+        self.parts.bring(stream, length, unit, self.spans.get(stream), every)
         self.exchange.begin()
 
     def _table(self, name: str, carrier: Carrier, value: Any) -> Any:
@@ -234,7 +263,7 @@ class SpreadTokens:
         return self._once[key][1]
 
     def _leave(self, region: Region, plan: Blocks, output: Any) -> Any:
-        if isinstance(output, torch.Tensor):
+        if not isinstance(output, (tuple, list)):
             return self._whole(region, plan.returns[0], output)
         parts = zip(plan.returns, output, strict=True)
         return type(output)(self._whole(region, carrier, part) for carrier, part in parts)
@@ -245,6 +274,10 @@ class SpreadTokens:
         if isinstance(carrier, Grid):
             flat = self.whole(part.flatten(carrier.first, carrier.last), carrier.streams, carrier.first)
             return flat.unflatten(carrier.first, self._grids[carrier.streams])
+        if isinstance(carrier, Voxels):
+            rows = part.feats.unflatten(0, (len(part.layout), -1))
+            whole = self.whole(rows, carrier.streams).flatten(0, 1)
+            return self._voxels.pop(carrier.streams).replace(whole)
         streams, dim = (carrier, 1) if isinstance(carrier, str) else (carrier.streams, carrier.dim)
         if self.spans:
             return self._placed(part, streams, dim, region.gather.split())
@@ -314,6 +347,23 @@ def _module_of(name: str) -> str:
 
 def _method_of(name: str) -> str:
     return name.partition(":")[2]
+
+
+def _attends(region: Region) -> list[Attend]:
+    """All attentions of a region."""
+    every = (one if isinstance(one, tuple) else (one,) for one in region.attention.values())
+    return [attend for attends in every for attend in attends]
+
+
+def _each_as_many(voxels: Any) -> int:
+    """How many voxels each of the batch has. Raises PlanMismatch where they differ."""
+    lengths = {rows.stop - rows.start for rows in voxels.layout}
+    if len(lengths) > 1:
+        raise PlanMismatch(
+            f"shapes of {min(lengths)} to {max(lengths)} voxels in one batch are not spread over ranks; make "
+            "one shape at a time, or set ulysses_degree and ring_degree to 1"
+        )
+    return lengths.pop()
 
 
 def _each(carrier: Any, value: Any) -> list[tuple[Carrier, Any]]:

@@ -28,9 +28,14 @@ from worker.transformer.batch import Batch
 from worker.transformer.controlnets import NetCall
 from worker.transformer.interface import Latents
 
-# Classes in which a row of the batch is not what it is alone: they pair the rows of both prompts.
-ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT"})
+# Classes in which a row of the batch is not what it is alone: they pair the rows of both prompts, or have
+# the first one hear the voices of all (AceStepConditionGenerationModel), or look up which rows are of which
+# prompt (Trellis2).
+ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT", "AceStepConditionGenerationModel", "Trellis2"})
 AROUND = ("preprocess_text_embeds",)
+# HiDream O1 keeps keys of its prompt from call to call, and what it saw in its pictures, whose tensor it
+# compares by identity.
+FORGET, PICTURES = "clear_kv_cache", "ref_pixel_values"
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
 # Of most classes: a prompt's usual length, and multiplications per token and block in width squared.
 TEXT_TOKENS, PRODUCTS = 512, 12.0
@@ -46,6 +51,7 @@ class ComfyUITransformer:
         self._weight_dtype = spec.weight_dtype
         self._detected = self._detect()
         self._patched: PatchedComfyUI | None = None
+        self._pictures: torch.Tensor | None = None  # of the last call that had any
         self._check_degrees()
 
     # ------------------------------------------------------------------ what it is
@@ -154,7 +160,13 @@ class ComfyUITransformer:
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written."""
+        self._forget()
         return self._patched.apply(name, store)
+
+    def _forget(self) -> None:
+        """Drop what the class keeps of earlier calls, with other weights or pictures."""
+        if hasattr(self.module, FORGET):
+            getattr(self.module, FORGET)()
 
     def _agree_on_dtypes(self) -> None:
         """ComfyUI chooses dtypes by what a device can: on different devices that may be different ones."""
@@ -235,11 +247,21 @@ class ComfyUITransformer:
 
     def _call(self, batch: Batch) -> Latents:
         given = dict(batch.conditions)
+        if PICTURES in given and hasattr(self.module, FORGET):
+            given[PICTURES] = self._known_pictures(given[PICTURES])
         parameters = inspect.signature(self.module.forward).parameters
         if batch.control is not None or "control" in parameters:
             spread = self._spread
             given["control"] = spread.residuals(batch.control) if spread else batch.control
         return self.module(batch.x, batch.timestep, **given)
+
+    def _known_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The very tensor of the last call, if it says the same: every call brings new ones."""
+        known = self._pictures
+        if known is None or known.shape != pictures.shape or not torch.equal(known, pictures):
+            self._forget()
+            self._pictures = pictures
+        return self._pictures
 
     def _check_degrees(self) -> None:
         """Raise InvalidInput for a layout that this class cannot have."""

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.outline import META, on_meta
 from worker.models.comfyui.detection import Detected, Tensors, named
 
-META = torch.device("meta")
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
 LARGE = 65_536  # elements
 # Parameters that a layer sets to 1 itself, where the file does not scale it.
@@ -25,7 +25,7 @@ def outline(detected: Detected) -> Any:
     config = detected.config
     before, config.custom_operations = config.custom_operations, comfy.ops.disable_weight_init
     try:
-        return config.get_model(dict(detected.tensors), "", device=META)
+        return on_meta(lambda: config.get_model(dict(detected.tensors), "", device=META))
     finally:
         config.custom_operations = before
 

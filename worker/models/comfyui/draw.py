@@ -58,6 +58,9 @@ class Case:
     Args:
         parts: classes of the module that it builds in their full size, and what they are told in its place.
         batches: rows that the class itself takes.
+        build: makes the tiny model of the class (and size, device, dtype, operations) whose constructor takes
+            no size.
+        forget: the method by which it forgets what it keeps from call to call; it is called twice then.
     """
 
     module: str
@@ -66,3 +69,15 @@ class Case:
     call: Call
     parts: Mapping[str, Size] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 2, 3)
+    forget: str = ""
+    build: Callable[..., Any] | None = None
+
+    def outputs(self, model: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        """What a model gives in a call, and in the same one again if it keeps something."""
+        if self.forget:
+            getattr(model, self.forget)()
+        found: list[torch.Tensor] = []
+        for _ in range(2 if self.forget else 1):
+            out = model(*args, **kwargs)
+            found += [out] if isinstance(out, torch.Tensor) else list(out)
+        return found

@@ -54,8 +54,9 @@ def tiny_model(case: Case, device: torch.device) -> tuple[nn.Module, Size]:
     module = importlib.import_module(f"comfy.ldm.{case.module}")
     made = getattr(module, case.name)
     size = _known(made, case.size)
+    build = made if case.build is None else partial(case.build, made)
     with _told(module, case.parts):
-        model = made(**size, device=device, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+        model = build(**size, device=device, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(0)
     for key, tensor in model.state_dict().items():
         if key.endswith("inv_freq"):  # of a file, as some are: not filled by the class, and not random
@@ -127,8 +128,7 @@ def _call(
     if spread is not None and "control" in kwargs:
         kwargs["control"] = spread.residuals(kwargs["control"])
     sigmas = {"sigmas": torch.tensor([0.5]), "sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
-    out = model(*args, **kwargs, transformer_options=_to(sigmas, device))
-    return [out] if isinstance(out, torch.Tensor) else list(out)
+    return case.outputs(model, *args, **kwargs, transformer_options=_to(sigmas, device))
 
 
 def _to(value: Any, device: torch.device) -> Any:

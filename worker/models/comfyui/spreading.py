@@ -11,10 +11,14 @@ from torch import nn
 
 from comfy_xdit.protocol.messages import Residuals
 from worker.models.plans.comfyui import PLANS, REASONS, TEXT_FIRST
-from worker.parallel import Mesh, Plan, PlanMismatch, Region, SpreadTokens, WithLogSumExp, catching
+from worker.parallel import Mesh, Plan, PlanMismatch, Region, SpreadTokens, WithLogSumExp, catching, choosing
 
 # What modules of ComfyUI call for attention; each has its own name for the one that was chosen.
-ATTENTION = ("optimized_attention", "optimized_attention_masked")
+ATTENTION = {
+    "optimized_attention": catching,
+    "optimized_attention_masked": catching,
+    "optimized_attention_for_device": choosing,
+}
 JOINED = "cat((txt, img), 1)"  # in the forward of a class whose versions differ in it
 
 
@@ -92,7 +96,7 @@ def catch_attention() -> None:
     """Have the seam in every module of ComfyUI that has been imported."""
     for name, module in list(sys.modules.items()):
         if name.startswith("comfy."):
-            for attention in ATTENTION:
+            for attention, caught in ATTENTION.items():
                 original = vars(module).get(attention)
                 if callable(original) and not hasattr(original, "original"):
-                    setattr(module, attention, catching(original))
+                    setattr(module, attention, caught(original))

@@ -287,6 +287,7 @@ PLANS: dict[str, Plan] = {
     "MiniTrainDIT": Plan((COSMOS2,)),
     "Anima": Plan((COSMOS2,)),  # the same, behind an adapter of its prompts
     "NextDiT": LUMINA,
+    "NextDiTPixelSpace": LUMINA,
     "OmniGen2Transformer2DModel": OMNIGEN2,
     "OpenAISignatureMMDITWrapper": SD3,
     "PixArtMS": Plan((_one("blocks", "x", "attn", "y t mask HW"),)),
