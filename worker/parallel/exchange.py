@@ -35,8 +35,8 @@ class Exchange:
         self._orders.clear()
         self.masks.clear()
 
-    def module(self, attends: tuple[Attend, ...], module: nn.Module) -> ModuleAttention:
-        """The attention of one planned module."""
+    def module(self, attends: tuple[Attend, ...], module: nn.Module | None = None) -> ModuleAttention:
+        """The attention of one planned module; `module` is asked for the reach of its window."""
         return ModuleAttention(self, attends, module)
 
     def whole(
@@ -73,7 +73,7 @@ class Exchange:
 class ModuleAttention:
     """The attention of one planned module: its n-th call is that of the n-th of `attends`, or of the last."""
 
-    def __init__(self, exchange: Exchange, attends: tuple[Attend, ...], module: nn.Module):
+    def __init__(self, exchange: Exchange, attends: tuple[Attend, ...], module: nn.Module | None):
         self._exchange, self._attends, self._module = exchange, attends, module
         self.causal = any(attend.causal for attend in attends)
         self.calls = 0
