@@ -58,6 +58,7 @@ class Case:
     Args:
         parts: classes of the module that it builds in their full size, and what they are told in its place.
         batches: rows that the class itself takes.
+        causal: tokens attend to earlier ones only, so that no patch sees keys that are not renewed.
     """
 
     module: str
@@ -66,3 +67,4 @@ class Case:
     call: Call
     parts: Mapping[str, Size] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 2, 3)
+    causal: bool = False

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from worker.parallel import Plan
 
-PLANS: dict[str, Plan] = {}
+PLANS: dict[str, Plan | tuple[Plan, ...]] = {}
 REASONS: dict[str, str] = {}  # class -> why it has none
