@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to check; by default the one this is in"
     )
+    doctor.add_argument(
+        "--families", action="store_true", help="which of its classes are proven to run on several ranks"
+    )
+    doctor.add_argument(
+        "--prove", action="store_true", help="with --families: prove the others now (minutes)"
+    )
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -138,7 +144,14 @@ def _plan(chosen: argparse.Namespace) -> int:
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from comfy_xdit.doctor import examine
+    from comfy_xdit.doctor import examine, own_comfyui
+
+    if chosen.families or chosen.prove:
+        from comfy_xdit import families
+
+        for line in families.lines(chosen.comfyui or own_comfyui(), chosen.prove):
+            print(line, flush=True)
+        return DONE
 
     healthy = True
     for finding in examine(chosen.comfyui):

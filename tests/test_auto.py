@@ -7,10 +7,11 @@ import torch
 
 import nodes
 from comfy_xdit.nodes.report import report
-from comfy_xdit.planning import auto, measured, remembered
+from comfy_xdit.planning import auto, measured
 from comfy_xdit.planning.auto import layout_of, machine
 from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.request import ModelShape, Request
+from comfy_xdit.protocol import remembered
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig

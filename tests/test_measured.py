@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from comfy_xdit.planning import cluster, measured, remembered
+from comfy_xdit.planning import cluster, measured
 from comfy_xdit.planning.measured import Measured, remember
 from comfy_xdit.planning.published import PUBLISHED
 from comfy_xdit.planning.request import Request
+from comfy_xdit.protocol import remembered
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.ranks.environment import ROOT
 
@@ -88,6 +89,7 @@ import sys
 from dataclasses import replace
 from comfy_xdit.planning import cluster
 from comfy_xdit.planning.measured import remember
+from comfy_xdit.protocol import remembered
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.planning.published import PUBLISHED
 from comfy_xdit.planning.request import Request

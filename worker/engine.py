@@ -27,6 +27,7 @@ from comfy_xdit.protocol.messages import (
     Known,
     Load,
     Preprocess,
+    Prove,
     Sample,
     Status,
 )
@@ -46,6 +47,8 @@ from worker.transformer import (
     NetSpec,
     Pictures,
     open_transformer,
+    planned_classes,
+    prove_class,
 )
 from worker.vae.vae import VAE
 
@@ -58,9 +61,7 @@ class Engine:
 
     def __init__(self, groups: RankGroups):
         self._groups = groups
-        self._models = ModelStore(
-            groups.device, groups.world_size, lambda spec: self._open(spec, groups.degrees)
-        )
+        self._models = ModelStore(groups.device, groups.world_size, self._open_to_load)
         self._tensors: dict[int | str, torch.Tensor] = {}
         self._patches = PatchStore()
 
@@ -71,6 +72,7 @@ class Engine:
             Check: self.check,
             CheckLora: self.check_lora,
             CheckIPAdapter: self.check_ip_adapter,
+            Prove: self.prove,
             Denoise: self.denoise,
             Preprocess: self.preprocess,
             Sample: self.sample,
@@ -117,6 +119,12 @@ class Engine:
         opened.require("an IP-Adapter")
         return opened.ip_adapters.check(message.file, message.shapes)
 
+    def prove(self, message: Prove, _run: Run) -> Any:
+        """What came of proving a class of ComfyUI's, or the names of all that have a plan."""
+        if not message.name:
+            return planned_classes()
+        return [proof.plain() for proof in prove_class(message.name, message.comfyui, self._groups)]
+
     def denoise(self, message: Denoise, _run: Run) -> Latents | None:
         """One transformer call; the output goes to the host from rank 0 only."""
         self._patches.take(message.patches)
@@ -153,7 +161,8 @@ class Engine:
         """A whole sampling loop; the latent goes to the host from rank 0 only."""
         self._patches.take(message.patches)
         transformer = self._require(message.spec)
-        transformer.require("a whole sampling loop")
+        if self._groups.pipeline is None:
+            transformer.require("a whole sampling loop")
         sides = (message.negative_nets, message.positive_nets)
         nets = [self._nets(applied, message.spec, transformer) for applied in sides]
         self._have_ip_adapters(message.spec, transformer, message.image_prompts)
@@ -244,6 +253,13 @@ class Engine:
     def _require(self, spec: ModelSpec) -> Loaded:
         """The loaded model of this spec."""
         return self._models.require(spec)
+
+    def _open_to_load(self, spec: ModelSpec) -> Loaded:
+        """Opened on all ranks alike: what they find out together is found out before others make room."""
+        opened = self._open(spec, self._groups.degrees)
+        if spec.kind == "transformer":
+            opened.prove()
+        return opened
 
     def _open(self, spec: ModelSpec, degrees: Degrees) -> Loaded:
         if spec.kind not in KINDS:

@@ -19,8 +19,9 @@ import torch
 from comfy.model_base import BaseModel
 
 from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
+from comfy_xdit.comfy_types.exact_calls import OPTIONS
 from comfy_xdit.comfy_types.model import pictures_of, remote_of
-from comfy_xdit.comfy_types.options import rank_options
+from comfy_xdit.comfy_types.options import plain_options, rank_options
 from comfy_xdit.comfy_types.patcher import COMPUTE_DTYPE, RemotePatcher
 from comfy_xdit.comfy_types.rope import with_references
 from comfy_xdit.nodes.surroundings import SamplerInputs
@@ -78,11 +79,11 @@ def sample_request(
     """
     remote = remote_of(model)
     described = remote.described()
-    if described.comfyui:
+    if described.comfyui and remote.parallel.pipefusion_degree == 1:
         raise NotInTheLoop(
             f"the ranks' loop is for diffusers' classes, and {described.family} runs in ComfyUI's own"
         )
-    acting = _check_model(model)
+    acting = _check_model(model, plain_options if described.comfyui else rank_options)
     inputs.check()
     schedule = comfy.samplers.KSampler(
         model,
@@ -166,15 +167,17 @@ def _finish(model: RemotePatcher, answer: torch.Tensor) -> torch.Tensor:
     return unscaled.to(comfy.model_management.intermediate_device())
 
 
-def _check_model(model: RemotePatcher) -> dict[str, Any]:
-    """What of its transformer_options travels with every call.
+def _check_model(
+    model: RemotePatcher, travelling: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """What of its transformer_options travels with every call: to ComfyUI's own classes as they are.
 
     Raises:
         NotInTheLoop: the model has patches that act in the host's sampling loop, which does not run.
     """
     model.refuse_what_stays_here()
     options = dict(model.model_options)
-    acting = rank_options(options.pop("transformer_options", {}))
+    acting = travelling(options.pop(OPTIONS, {}))
     present = [name for name, value in options.items() if value]
     for kind, by_name in (*model.wrappers.items(), *model.callbacks.items()):
         present += [kind] if any(by_name.values()) else []
@@ -184,6 +187,8 @@ def _check_model(model: RemotePatcher) -> dict[str, Any]:
             f"a node patches the sampling of this MODEL ({', '.join(map(str, present))}), which the "
             "ranks' own loop would ignore"
         )
+    if travelling is plain_options:
+        return {OPTIONS: acting}
     return with_references(acting, model.model.diffusion_model)
 
 

@@ -13,12 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 from comfy_xdit import __version__
-from comfy_xdit.planning import planner, remembered
+from comfy_xdit.planning import planner
 from comfy_xdit.planning.cluster import Cluster
 from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.planner import Plan
 from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.planning.topology import this_machine
+from comfy_xdit.protocol import proofs, remembered
 from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Check
@@ -48,6 +49,7 @@ class Chosen:
 
 # Kept as long as the process: times measured meanwhile must not restart ranks in the middle of work.
 _chosen: dict[tuple[ModelSpec, Automatic], Chosen] = {}
+_by_class: dict[tuple[str, ParallelConfig], str] = {}  # why, of ComfyUI's classes, by path and layout
 
 
 def layout_of(
@@ -71,7 +73,9 @@ def layout_of(
     if key not in _chosen:
         told = description(spec, interrupted)
         if told.comfyui:
-            return _by_rows(told, devices, shard).check(available)
+            layout = _of_class(told, devices, shard).check(available)
+            _by_class[spec.path, layout] = _why_of_class(told)
+            return layout
         cluster = machine(devices)
         kind = cluster.device.kind
         request = Request.picture(ModelShape.of(told), dtype_bytes=dtype_bytes(told, spec, kind))
@@ -90,15 +94,28 @@ def _choose(request: Request, cluster: Cluster, devices: tuple[str, ...], shard:
     return Chosen(layout, plan, request, cluster, shard)
 
 
-def _by_rows(told: ModelDescription, devices: tuple[str, ...], shard: bool) -> ParallelConfig:
+def _of_class(told: ModelDescription, devices: tuple[str, ...], shard: bool) -> ParallelConfig:
     """For a class of ComfyUI's own, of which no time is known: both prompts at once where it has two.
 
-    Its tokens are spread where a person asks for it. Weights are shared by all devices, or by none.
+    The devices that are left spread the tokens, where that is proven. Weights are shared by all, or by none.
     """
     cfg = 2 if told.guided and told.rows_apart else 1
-    data = len(devices) // cfg if shard else 1
-    layout = ParallelConfig(data_parallel_degree=data, cfg_parallel_degree=cfg, shard_weights=shard)
+    left, heads = len(devices) // cfg, told.heads or 1
+    # Equal work for all: only divisors of the heads.
+    ulysses = 1 if told.not_spread or shard else max(n for n in range(1, left + 1) if heads % n == 0)
+    layout = ParallelConfig(
+        data_parallel_degree=left if shard else 1,
+        cfg_parallel_degree=cfg,
+        ulysses_degree=ulysses,
+        shard_weights=shard,
+    )
     return replace(layout, devices=devices[: layout.world_size])
+
+
+def _why_of_class(told: ModelDescription) -> str:
+    both = "both prompts at once" if told.guided and told.rows_apart else "one prompt at a time"
+    tokens = f"tokens are not spread: {told.not_spread}" if told.not_spread else "its tokens are spread"
+    return f"ComfyUI's {told.family}: {both}; {tokens}"
 
 
 def layout_beside(parallel: ParallelConfig | Automatic) -> ParallelConfig:
@@ -136,6 +153,11 @@ def chosen_for(layout: ParallelConfig) -> list[tuple[str, Chosen]]:
     return [(spec.path, chosen) for (spec, _), chosen in _chosen.items() if chosen.layout == layout]
 
 
+def classes_for(layout: ParallelConfig) -> list[tuple[str, str]]:
+    """Path of the model and why, of every model of a ComfyUI's class for which `auto` chose `layout`."""
+    return [(path, why) for (path, chosen), why in _by_class.items() if chosen == layout]
+
+
 def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) -> ModelDescription:
     """What a rank says of the transformer `spec` from its header; no weight is read.
 
@@ -147,7 +169,7 @@ def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) 
     key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype} {chosen_by}"
     held = remembered.read(NAME, _check)
     if key in held:
-        return ModelDescription.of(held[key])
+        return _as_proven(ModelDescription.of(held[key]), spec)
     running = [group for group in running_groups() if group.pids]
     group = running[0] if running else worker_group(PROBE)
     told = group.call(Check(spec, ParallelConfig()), ranks=(0,), interrupted=interrupted).value
@@ -159,7 +181,14 @@ def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) 
         return True
 
     remembered.update(NAME, _check, change)
-    return ModelDescription.of(told)
+    return _as_proven(ModelDescription.of(told), spec)
+
+
+def _as_proven(told: ModelDescription, spec: ModelSpec) -> ModelDescription:
+    """A description with what is proven of a ComfyUI's class by now."""
+    if spec.comfyui is None or not told.planned:
+        return told
+    return replace(told, not_spread=proofs.why_not_spread(spec.comfyui, told.family))
 
 
 def _check(models: Any) -> None:

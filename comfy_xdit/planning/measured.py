@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from comfy_xdit.planning import remembered
 from comfy_xdit.planning.cluster import Cluster
 from comfy_xdit.planning.request import Request
+from comfy_xdit.protocol import remembered
 from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig, rank_threads
 
 NAME = "measured.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from comfy_xdit.planning.auto import chosen_for
+from comfy_xdit.planning.auto import chosen_for, classes_for
 from comfy_xdit.planning.planner import figure, short
 from comfy_xdit.planning.request import DEFAULT_PIXELS
 from comfy_xdit.protocol.parallel import ParallelConfig
@@ -15,8 +15,10 @@ CANDIDATES = 4  # of a plan that are shown
 
 def reasons(layout: ParallelConfig) -> Iterator[str]:
     """Why `auto` chose the layout, and what it left."""
-    chosen = chosen_for(layout)
-    if not chosen:
+    chosen, classes = chosen_for(layout), classes_for(layout)
+    for path, why in classes:
+        yield f"  plan for {Path(path).name} (auto): {why}"
+    if not chosen and not classes:
         yield "  plan: chosen by hand (strategy manual)"
     for path, choice in chosen:
         yield f"  plan for {Path(path).name} at {DEFAULT_PIXELS} x {DEFAULT_PIXELS} (auto): {choice.plan.why}"

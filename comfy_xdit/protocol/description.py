@@ -111,6 +111,8 @@ class ModelDescription:
         stored, dtype: of the file, and of the ranks' weights.
         manual_cast: what is computed in where that is another dtype.
         quantised: layers have formats of their own.
+        planned: a class of ComfyUI's has a plan, so that it can be proven that its tokens are spread rightly.
+        not_spread: why they are not, as far as is known when it is asked; "" is spread.
     """
 
     family: str
@@ -132,6 +134,8 @@ class ModelDescription:
     dtype: str
     manual_cast: str | None = None
     quantised: bool = False
+    planned: bool = False
+    not_spread: str = ""
 
     @classmethod
     def of(cls, told: Any) -> ModelDescription:

@@ -62,6 +62,17 @@ class CheckIPAdapter:
 
 
 @dataclass(frozen=True)
+class Prove:
+    """Compare tiny models of a class of this ComfyUI's on one rank and on all, unless it is proven.
+
+    Answer: a list of `Proof.plain`. With no name: the names of all classes that have a plan.
+    """
+
+    comfyui: HostComfyUI
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Patch:
     """One change of one weight, as a LoRA file describes it, in ComfyUI's terms.
 
@@ -329,7 +340,7 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Check, CheckLora, CheckIPAdapter, Denoise, Preprocess, ImagePrompt, Keep, Known, Patch,
+        Load, Check, CheckLora, CheckIPAdapter, Prove, Denoise, Preprocess, ImagePrompt, Keep, Known, Patch,
         PatchSet, Sample, EncodeText, Decode, Encode, Stop, Forget, Status, Ready, Progress, Result, Failure,
         Cancelled, ModelSpec, HostComfyUI, LoraFile, IPAdapterFile, ParallelConfig, ControlNet,
         AppliedControlNet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,6 +18,7 @@ CONTROL_TYPES = {
     "low quality (6)": 6, "mode 7": 7, "mode 8": 8, "mode 9": 9,
 }  # fmt: skip
 STAMPED = (".safetensors", ".json", ".txt")  # what of a folder makes it another model
+_VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)""", re.MULTILINE)
 File = TypeVar("File", bound="AdapterFile")
 
 
@@ -34,6 +36,26 @@ class HostComfyUI:
     root: str
     version: str
     switches: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def at(cls, root: Path) -> HostComfyUI:
+        """The ComfyUI in a folder, as it starts without switches.
+
+        Raises:
+            InvalidInput: there is none.
+        """
+        root = root.resolve()
+        version = comfyui_version(root)
+        if version is None or not (root / "comfy").is_dir():
+            raise InvalidInput(f"{root} is no ComfyUI: it has no folder comfy and no comfyui_version.py.")
+        return cls(str(root), version)
+
+
+def comfyui_version(root: Path) -> str | None:
+    """What the files of a ComfyUI say; None where there is none."""
+    file = root / "comfyui_version.py"
+    said = _VERSION.search(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return said.group(1) if said else None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ SAID = {"NextDiTPixelSpace": {"image_model": "zimage_pixel"}}
 
 def module_of(case: Case) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The class with random weights, every one of them, and its size. Skips where this ComfyUI has none."""
-    from worker.models.comfyui.proof import tiny_model
+    from worker.models.comfyui.tiny_models import tiny_model
 
     try:
         module, size = tiny_model(case, torch.device("cpu"))

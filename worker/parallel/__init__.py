@@ -7,6 +7,7 @@ from worker.parallel.attention import WithLogSumExp, scaled_dot_product_attentio
 from worker.parallel.cuts import block_names
 from worker.parallel.groups import Announcement, Degrees, RankGroups, ring_kernel
 from worker.parallel.kept_keys import Patches
+from worker.parallel.lockstep import Lockstep, OutOfStep
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Shard
 from worker.parallel.plan import (
@@ -43,8 +44,10 @@ __all__ = [
     "Frames",
     "Grid",
     "GroupedMask",
+    "Lockstep",
     "Mesh",
     "Named",
+    "OutOfStep",
     "Patches",
     "Plan",
     "PlanMismatch",

@@ -12,7 +12,8 @@ from torch import nn
 
 from worker.parallel.kept_keys import Patches, Span
 from worker.parallel.parts import Parts
-from worker.parallel.plan import PlanMismatch, Region
+from worker.parallel.plan import Blocks, PlanMismatch, Region
+from worker.parallel.tokens import Arguments
 
 Output = Any  # of a block: a tensor, or a tuple of tensors and None
 
@@ -27,6 +28,37 @@ class Elsewhere(nn.Module):
     def forward(self, *_: Any, **__: Any) -> Output:
         """What the block would return."""
         return self._output()
+
+
+class Passing(nn.Module):
+    """In place of a whole list of blocks that runs elsewhere and whose output nobody reads here.
+
+    What comes behind it may go by how many tokens it returns: those of this rank, as its blocks would. What
+    they are does not matter.
+
+    Args:
+        block: one of the list.
+        parts: of the present call.
+    """
+
+    def __init__(self, block: nn.Module, plan: Blocks, region: Region, name: str, parts: Parts):
+        super().__init__()
+        self._arguments, self._plan, self._parts = Arguments(block, plan, region, name), plan, parts
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One of those that a block is called with."""
+        return self._arguments.named(args, kwargs)[name]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
+        """Its own arguments."""
+        values = self._arguments.named(args, kwargs)
+        passed = {
+            carrier.streams: self._parts.take(carrier, values.get(name))
+            for name, carrier in self._plan.cut.items()
+        }
+        passed |= {streams: values[name] for name, streams in self._plan.carries.items() if name in values}
+        found = tuple(passed.get(_streams(carrier)) for carrier in self._plan.returns)
+        return found[0] if len(found) == 1 else found
 
 
 @dataclass(frozen=True)
@@ -55,12 +87,20 @@ class Head:
     """Of one model.
 
     Args:
-        lists: its lists of blocks.
+        lists: its lists of blocks; `passing` stands in place of each.
         patched: the stream that is cut into patches.
     """
 
-    def __init__(self, name: str, region: Region, lists: list[nn.ModuleList], patched: str):
+    def __init__(
+        self,
+        name: str,
+        region: Region,
+        lists: list[nn.ModuleList],
+        passing: list[Passing],
+        patched: str,
+    ):
         self._name, self._region, self._lists, self._patched = name, region, lists, patched
+        self._passing = passing
         self._leaving: dict[int, Any] = {}  # by rows, as their last block returned it
 
     def forget(self) -> None:
@@ -110,8 +150,7 @@ class Head:
         if tensor is None:
             return None
         like = tensor.to("meta")
-        streams, dim = (carrier, 1) if isinstance(carrier, str | None) else (carrier.streams, carrier.dim)
-        names = (streams or "").split()
+        names, dim = _streams(carrier).split(), getattr(carrier, "dim", 1)
         if self._patched not in names:
             return Leaving(like, tensor.device)
         whole = self._region.gather.split()
@@ -125,8 +164,10 @@ class Head:
     def _alone(self, output: Output) -> Iterator[None]:
         """Within, the blocks of the last list return this, and there are no others."""
         held = [list(blocks) for blocks in self._lists]
-        for blocks in self._lists:
+        for blocks, passing in zip(self._lists, self._passing, strict=True):
             del blocks[:]
+            blocks.append(passing)
+        del self._lists[-1][:]
         self._lists[-1].extend(Elsewhere(lambda: output) for _ in held[-1])
         try:
             yield
@@ -134,3 +175,8 @@ class Head:
             for blocks, own in zip(self._lists, held, strict=True):
                 del blocks[:]
                 blocks.extend(own)
+
+
+def _streams(carrier: Any) -> str:
+    """Of an output of a block; "" of one that is not read."""
+    return carrier if isinstance(carrier, str) else getattr(carrier, "streams", "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.parallel.attention import WithLogSumExp
 from worker.parallel.cuts import Cuts, region_of_patches
-from worker.parallel.head import Elsewhere, Head, Output
+from worker.parallel.head import Elsewhere, Head, Output, Passing
 from worker.parallel.kept_keys import KeptKeys, Patches
 from worker.parallel.mesh import Mesh
 from worker.parallel.pipeline import Pipeline
-from worker.parallel.plan import Plan
+from worker.parallel.plan import Plan, PlanMismatch
 from worker.parallel.tokens import SpreadTokens
 from worker.parallel.travel import Travel
 
@@ -28,6 +29,10 @@ Result = TypeVar("Result")
 
 class Left(Exception):
     """The rest of the forward is of later stages."""
+
+
+class Found(Exception):
+    """The forward was called to learn one thing, which is known now."""
 
 
 class Stage:
@@ -48,7 +53,10 @@ class Stage:
 
     def __init__(self, module: nn.Module, plan: Plan, family: str, index: int, count: int, mesh: Mesh):
         name = type(module).__name__
-        self._region = region_of_patches(plan, name)
+        region = region_of_patches(plan, name)
+        # Of a class whose models may lack one kind of blocks.
+        lists = {name: one for name, one in region.blocks.items() if len(module.get_submodule(name))}
+        self._region = replace(region, blocks=lists)
         blocks = sum(len(module.get_submodule(name)) for name in self._region.blocks)
         if count > blocks:
             raise InvalidInput(
@@ -56,6 +64,7 @@ class Stage:
                 f"every stage needs one; set pipefusion_degree to {blocks} or less."
             )
         plan = Plan((self._region,), plan.patched, plan.skips)
+        self.patched = plan.patched
         self._index, self.cuts = index, Cuts.of(module, plan, count)
         self.is_first, self.is_last = index == 0, index == count - 1
         self.names = self.cuts.names(index)
@@ -64,7 +73,11 @@ class Stage:
         self._tokens = SpreadTokens(module, plan, mesh)
         self._kept = self._tokens.exchange.kept = KeptKeys(mesh)
         self._lists = [module.get_submodule(place) for place in self._region.blocks]
-        self._head = Head(name, self._region, self._lists, plan.patched)
+        self._passing = [
+            Passing(blocks[0], plan_of_list, self._region, name, self._tokens.parts)
+            for blocks, plan_of_list in zip(self._lists, self._region.blocks.values(), strict=True)
+        ]
+        self._head = Head(name, self._region, self._lists, self._passing, plan.patched)
         self._watch([module.get_submodule(place) for place in self.names])
         self._take_out()
         self._forget()
@@ -101,6 +114,29 @@ class Stage:
         """One evaluation of one patch. What the last stage returns is valid where its tokens are."""
         return self._evaluate(forward, rows, number, patches)
 
+    def length(self, forward: Callable[[], object]) -> int:
+        """How many tokens of the stream that is cut into patches a call has. The blocks do not run.
+
+        Args:
+            forward: as in `whole`.
+        """
+        (blocks, *_), (plan, *_) = self._lists, self._region.blocks.values()
+        argument = next(name for name, one in plan.cut.items() if one.streams == self.patched)
+        found: list[int] = []
+
+        def look(_block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            found.append(self._passing[0].argument(argument, args, kwargs).shape[plan.cut[argument].dim])
+            raise Found
+
+        hook = blocks[0].register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+        try:
+            forward()
+        except Found:
+            return found[0]
+        finally:
+            hook.remove()
+        raise PlanMismatch("the forward of this model ran without its blocks")
+
     def owners(self, forward: Callable[[], torch.Tensor], patches: Patches, rows: int = 0) -> torch.Tensor:
         """In the last stage: for each element of one row of a picture the patch it belongs to.
 
@@ -113,6 +149,8 @@ class Stage:
         Raises:
             PlanMismatch: the model's head mixes tokens.
         """
+        self._tokens.spans = {}
+        self._tokens.enter(self._lengths[rows])
         return self._head.owners(forward, patches, rows)
 
     # ------------------------------------------------------------------ one evaluation
@@ -173,10 +211,12 @@ class Stage:
 
     def _take_out(self) -> None:
         own, end = self.cuts.runs[self._index], 0
-        for blocks in self._lists:
+        for blocks, passing in zip(self._lists, self._passing, strict=True):
             start, end = end, end + len(blocks)
             if end < own.start or start >= own.stop:
                 del blocks[:]
+                if end < own.start:
+                    blocks.append(passing)
                 continue
             # For a forward that counts its blocks, each of those before is there.
             for number in range(start, min(end, own.start)):

@@ -19,7 +19,7 @@ from worker.parallel import Announcement, Patches, RankGroups, Shard
 from worker.sampling.guidance import Guidance
 from worker.sampling.patch_sampler import PatchSampler
 from worker.sampling.samplers import schedule
-from worker.transformer import Batch, Transformer
+from worker.transformer import OPTIONS, Batch, StagedTransformer
 
 Conditions = dict[str, Any]
 
@@ -49,7 +49,7 @@ class PipeFusion:
     def __init__(
         self,
         request: Sample,
-        transformer: Transformer,
+        transformer: StagedTransformer,
         groups: RankGroups,
         run: Run,
         batches: list[Conditions],
@@ -61,10 +61,10 @@ class PipeFusion:
         copies = (1 if request.negative is None else 2) // len(batches)
         rows = torch.cat([request.latent] * copies)
         self._batches = [Batch(rows, rows.new_zeros(len(rows)), given) for given in batches]
-        tokens = _checked_tokens(self._batches, transformer, groups)
+        tokens = _checked_tokens(self._batches, transformer, groups, request.sigmas)
         # A run that is all warm-up is never cut.
         count = groups.degrees.stages if self._warm < len(self._schedule) else 1
-        self._patches = Patches.of(transformer.family.plan.patched, tokens, count)
+        self._patches = Patches.of(transformer.stage.patched, tokens, count)
         self._all = range(count)
         self._row_groups = [g for i in range(len(batches)) for g in self._groups_of(i)]
         self._idle = transformer.idle_calls(self._batches)
@@ -132,8 +132,10 @@ class PipeFusion:
     def _predicted(self, index: int, number: int) -> torch.Tensor:
         group = self._row_groups[index]
         x = self._x[[row % len(self._x) for row in group.rows]]
-        timestep = self._request.timesteps[self._schedule[number][1]].expand(len(x))
-        return self._transformer.predict_plain(replace(group.given, x=x, timestep=timestep))
+        level = self._schedule[number][1]
+        timestep = self._request.timesteps[level].expand(len(x))
+        given = _at_sigma(group.given.conditions, self._request.sigmas[level], self._request.sigmas)
+        return self._transformer.predict_plain(replace(group.given, x=x, timestep=timestep, conditions=given))
 
     def _of(self, patch: int | None) -> range:
         return self._all if patch is None else range(patch, patch + 1)
@@ -235,7 +237,9 @@ class PipeFusion:
             announced.wait()
 
 
-def _checked_tokens(batches: list[Batch], transformer: Transformer, groups: RankGroups) -> int:
+def _checked_tokens(
+    batches: list[Batch], transformer: StagedTransformer, groups: RankGroups, sigmas: torch.Tensor
+) -> int:
     """How many tokens the picture has."""
     degrees = groups.degrees
     if any(batch.conditions.get("ref_latents") for batch in batches):
@@ -243,12 +247,19 @@ def _checked_tokens(batches: list[Batch], transformer: Transformer, groups: Rank
             "reference latents under PipeFusion are not in this version; set pipefusion_degree to 1 and "
             "ulysses_degree instead."
         )
-    x = transformer.whole_patches(batches[0].x)
-    call = transformer.family.call(transformer.config, x, batches[0].timestep, batches[0].conditions)
-    tokens = call.image_tokens
+    _, first = next(batches[0].rows([0]).by_length())
+    given = _at_sigma(first.conditions, sigmas[0], sigmas)
+    tokens = transformer.image_tokens(replace(first, conditions=given))
     if tokens < degrees.stages:
         raise InvalidInput(
             f"{tokens} image tokens are fewer than the {degrees.stages} patches that {degrees.stages} stages "
             "need; draw a larger picture, or set pipefusion_degree to 1."
         )
     return tokens
+
+
+def _at_sigma(conditions: Conditions, sigma: torch.Tensor, sigmas: torch.Tensor) -> Conditions:
+    """With what samplers tell ComfyUI's own classes beside the timestep."""
+    if OPTIONS not in conditions:
+        return conditions
+    return conditions | {OPTIONS: conditions[OPTIONS] | {"sigmas": sigma[None], "sample_sigmas": sigmas}}

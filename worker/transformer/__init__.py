@@ -1,12 +1,14 @@
 """A loaded transformer, of diffusers' class or of ComfyUI's, and one call of it."""
 
-from worker.transformer.batch import Batch, Pictures, join
+from worker.models.comfyui.spreading import planned_classes
+from worker.transformer.batch import OPTIONS, Batch, Pictures, join
 from worker.transformer.controlnets import FittedControlNet, NetCall, NetSpec, same_nets
-from worker.transformer.interface import Latents, LoadedTransformer
-from worker.transformer.opening import open_transformer
+from worker.transformer.interface import Latents, LoadedTransformer, StagedTransformer
+from worker.transformer.opening import open_transformer, prove_class
 from worker.transformer.transformer import Transformer
 
 __all__ = [
+    "OPTIONS",
     "Batch",
     "FittedControlNet",
     "Latents",
@@ -14,8 +16,11 @@ __all__ = [
     "NetCall",
     "NetSpec",
     "Pictures",
+    "StagedTransformer",
     "Transformer",
     "join",
     "open_transformer",
+    "planned_classes",
+    "prove_class",
     "same_nets",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from comfy_xdit.protocol.description import LatentSpace, ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
@@ -17,21 +19,21 @@ from comfy_xdit.protocol.messages import Residuals
 from comfy_xdit.protocol.spec import ModelSpec
 from worker.checkpoints import Checkpoint
 from worker.models import in_diffusers
-from worker.models.comfyui.building import blocks, build, fill, materialise, outline
-from worker.models.comfyui.detection import Detected, detect
-from worker.models.comfyui.proof import prove
-from worker.models.comfyui.spreading import Spread, plan_of
+from worker.models.comfyui.building import blocks, build, check_names, fill, materialise, outline
+from worker.models.comfyui.detection import Detected, detect, named
+from worker.models.comfyui.layout import ROWS_TOGETHER, ComfyUILayout, without_others
 from worker.models.comfyui.weights import PatchedComfyUI, lora_files
-from worker.parallel import Degrees, PlanMismatch, RankGroups, ShardedWeights, ring_kernel
+from worker.parallel import (
+    Degrees,
+    RankGroups,
+    ShardedWeights,
+    Stage,
+)
 from worker.patches import LoraFiles, PatchStore
-from worker.transformer.batch import Batch
+from worker.transformer.batch import OPTIONS, Batch
 from worker.transformer.controlnets import NetCall
 from worker.transformer.interface import Latents
 
-# Classes in which a row of the batch is not what it is alone: they pair the rows of both prompts, or have
-# the first one hear the voices of all (AceStepConditionGenerationModel), or look up which rows are of which
-# prompt (Trellis2).
-ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT", "AceStepConditionGenerationModel", "Trellis2"})
 AROUND = ("preprocess_text_embeds",)
 # HiDream O1 keeps keys of its prompt from call to call, and what it saw in its pictures, whose tensor it
 # compares by identity.
@@ -52,7 +54,10 @@ class ComfyUITransformer:
         self._detected = self._detect()
         self._patched: PatchedComfyUI | None = None
         self._pictures: torch.Tensor | None = None  # of the last call that had any
-        self._check_degrees()
+        self.stage: Stage | None = None  # once it is loaded
+        self._layout = ComfyUILayout(self.name, spec, groups, degrees)
+        self._layout.check(self._detected.quantised)
+        _ = self._own_outline  # no layout has more stages than it has blocks
 
     # ------------------------------------------------------------------ what it is
 
@@ -60,6 +65,15 @@ class ComfyUITransformer:
     def _outline(self) -> Any:
         """ComfyUI's BaseModel of the file, without memory."""
         return outline(self._detect())
+
+    @cached_property
+    def _own_outline(self) -> nn.Module:
+        """Of what this rank has of it."""
+        if self._degrees.stages == 1:
+            return self._outline.diffusion_model
+        own = outline(self._detect()).diffusion_model
+        self._layout.take_own(own)
+        return own
 
     @property
     def name(self) -> str:
@@ -83,6 +97,9 @@ class ComfyUITransformer:
     @property
     def _bytes(self) -> int:
         tensors = self._detected.tensors.values()
+        if self._degrees.stages > 1:
+            outside = without_others(self._outline.diffusion_model, self._own_outline)
+            tensors = [t for name, t in named(self._detected).items() if not name.startswith(outside)]
         if self._detected.quantised:
             return sum(t.nbytes for t in tensors)
         return sum(t.numel() for t in tensors) * self._detected.dtype.itemsize
@@ -91,7 +108,7 @@ class ComfyUITransformer:
     def _planned_shards(self) -> ShardedWeights | None:
         if self._degrees.shards == 1:
             return None
-        module = self._outline.diffusion_model
+        module = self._own_outline
         return ShardedWeights(module, blocks(module), self._degrees.shards, self._detected.dtype)
 
     def describe(self) -> dict[str, Any]:
@@ -112,7 +129,7 @@ class ComfyUITransformer:
             width=next((unet[name] for name in WIDTH if isinstance(unet.get(name), int)), None),
             blocks=len(blocks(module)),
             dual=0,
-            streams=_streams(module),
+            streams=self._layout.streams,
             text_tokens=TEXT_TOKENS,
             products=PRODUCTS,
             parameters=sum(math.prod(t.shape) for t in detected.tensors.values()),
@@ -120,6 +137,8 @@ class ComfyUITransformer:
             dtype=_name(detected.dtype),
             manual_cast=detected.manual_cast and _name(detected.manual_cast),
             quantised=detected.quantised,
+            planned=self._layout.planned,
+            not_spread=self._layout.why_not_spread(),
         ).plain()
 
     def _detect(self) -> Detected:
@@ -130,11 +149,15 @@ class ComfyUITransformer:
     def load(self) -> None:
         """Build the class and copy its weights from the file, tensor after tensor."""
         device, sharded = self._groups.device, self._degrees.shards > 1
-        module = build(self._detected, device, without_memory=sharded)
+        # Layers in formats of their own are built where they stay.
+        large = sharded or (self._degrees.stages > 1 and not self._detected.quantised)
+        module = build(self._detected, device, without_memory=large)
+        self.stage = self._layout.stage(module)
         shards = None
         if sharded:
             shards = ShardedWeights(module, blocks(module), self._degrees.shards, None)
-            materialise(module, device, but=tuple(shards.places))
+        materialise(module, device, but=tuple(shards.places) if shards else ())
+        if shards:
             shards.attach(module, self._groups.shard_group, device)
         elsewhere = tuple(shards.places) if shards else ()
         for name, tensor in fill(module, self._detected, self._path, elsewhere).items():
@@ -142,21 +165,24 @@ class ComfyUITransformer:
         module.eval().requires_grad_(False)
         self._agree_on_dtypes()
         self.module, self._shards = module, shards
-        self._spread = self._spread_tokens()
-        self._patched = PatchedComfyUI(module, self._detected, shards, self.loras)
+        self._spread = self._layout.spread(module)
+        known = self._outline.diffusion_model.state_dict().keys()
+        self._patched = PatchedComfyUI(module, self._detected, shards, self.loras, known)
         if hasattr(module, "_forward"):
             # Wrappers around the call, which `forward` runs, have run on the host (comfy_types/model.py). As
             # `forward` itself, so that hooks on the module are called.
             object.__setattr__(module, "forward", module._forward)
 
-    def _spread_tokens(self) -> Spread | None:
-        if self._degrees.sequence == 1:
-            return None
-        try:
-            prove(self.name, self._groups.mesh, self._groups.device)
-            return Spread(self.module, self._groups.mesh, ring_kernel(self.module, self._groups))
-        except PlanMismatch as error:
-            raise self._not_spread(error) from error
+    def prove(self) -> None:
+        """Have it proven that its tokens, or blocks, can be spread as the layout does; on all ranks alike.
+
+        Raises:
+            InvalidInput: they cannot be, and why. Nothing was read for it.
+        """
+        whole = self._outline.diffusion_model
+        self._layout.prove(whole)
+        if self._degrees.stages > 1:  # a stage reads its own tensors, and all ranks say the same of a file
+            check_names(whole, self._detected, self._path)
 
     def patch(self, name: str, store: PatchStore) -> int:
         """Have the weight patches of one set. Returns how many weights were written."""
@@ -237,6 +263,26 @@ class ComfyUITransformer:
             gathered(outputs) if isinstance(outputs, torch.Tensor) else [gathered(part) for part in outputs]
         )
 
+    def predict_plain(self, batch: Batch) -> torch.Tensor:
+        """The output for latents and conditions that no BaseModel has cast yet: of a loop in the ranks.
+
+        In a stage of a pipeline a part of the call, and of its tokens.
+        """
+        dtype = self._detected.manual_cast or self._detected.dtype
+        given = replace(batch, x=_cast(batch.x, dtype), conditions=_cast(batch.conditions, dtype))
+        return self._call(given).to(batch.x.dtype)
+
+    def image_tokens(self, batch: Batch) -> int:
+        """How many tokens of the stream that is cut into patches a call has."""
+        return self.stage.length(lambda: self.predict_plain(batch))
+
+    def idle_calls(self, _batches: Sequence[Batch]) -> int:
+        """Of a stage: none, as no layout has stages that share their weights."""
+        return 0
+
+    def gather_unused(self, calls: int) -> None:
+        """Nothing is gathered in a stage."""
+
     def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a method returns that ComfyUI calls around the forward."""
         if method not in AROUND:
@@ -263,41 +309,15 @@ class ComfyUITransformer:
             self._pictures = pictures
         return self._pictures
 
-    def _check_degrees(self) -> None:
-        """Raise InvalidInput for a layout that this class cannot have."""
-        degrees, file = self._degrees, Path(self._path).name
-        if degrees.stages > 1:
-            raise InvalidInput(
-                f"pipefusion_degree {degrees.stages} is for diffusers' classes, and {file} runs in ComfyUI's "
-                f"own ({self.name}); set pipefusion_degree to 1."
-            )
-        if degrees.sequence > 1:
-            try:
-                plan_of(self._outline.diffusion_model)
-            except PlanMismatch as error:
-                raise self._not_spread(error) from error
-        if degrees.shards > 1 and self._detected.quantised:
-            raise InvalidInput(
-                f"{file} holds quantised weights, which cannot be spread over ranks; "
-                "set shard_weights to false."
-            )
-
-    def _not_spread(self, why: Exception) -> InvalidInput:
-        degrees = self._degrees
-        return InvalidInput(
-            f"ulysses_degree {degrees.ulysses} x ring_degree {degrees.ring} cannot spread the tokens of "
-            f"{Path(self._path).name}: {why}. Set both to 1, and cfg_parallel_degree, data_parallel_degree "
-            "or shard_weights instead."
-        )
-
-
-def _streams(module: torch.nn.Module) -> tuple[str, ...]:
-    """Those of its plan, where it has one."""
-    try:
-        return plan_of(module).streams
-    except PlanMismatch:
-        return ()
-
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments as BaseModel hands them on: numbers in `dtype`; counts, marks and options as they are."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: part if name == OPTIONS else _cast(part, dtype) for name, part in value.items()}
+    return type(value)(_cast(part, dtype) for part in value) if isinstance(value, (list, tuple)) else value

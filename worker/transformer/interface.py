@@ -9,6 +9,7 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Residuals
+from worker.parallel import Stage
 from worker.patches import LoraFiles, PatchStore
 from worker.transformer.batch import Batch
 from worker.transformer.controlnets import NetCall
@@ -28,6 +29,9 @@ class LoadedTransformer(Protocol):
 
     @property
     def loras(self) -> LoraFiles: ...
+
+    def prove(self) -> None:
+        """Raise InvalidInput where ranks find out together that the layout is none for it; on all alike."""
 
     def load(self) -> None:
         """Read the weights; on all ranks alike."""
@@ -58,3 +62,21 @@ class LoadedTransformer(Protocol):
 
     def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a method beside the forward returns; on all ranks alike."""
+
+
+class StagedTransformer(Protocol):
+    """One stage of a pipeline (PipeFusion); on all ranks alike."""
+
+    stage: Stage
+
+    def predict_plain(self, batch: Batch) -> torch.Tensor:
+        """The stage's part of one call of the transformer."""
+
+    def image_tokens(self, batch: Batch) -> int:
+        """How many tokens of the stream that is cut into patches a call has."""
+
+    def idle_calls(self, batches: Sequence[Batch]) -> int:
+        """How many calls fewer than another branch this one makes, of the rows of some batches."""
+
+    def gather_unused(self, calls: int) -> None:
+        """Give others the weights that they need in so many calls which this rank does not make."""

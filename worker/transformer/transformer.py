@@ -78,6 +78,9 @@ class Transformer:
         own = sum(p.numel() for p in whole.values()) * self.dtype.itemsize
         return own + (shards.nbytes if shards else 0) + self.ip_adapters.nbytes
 
+    def prove(self) -> None:
+        """Nothing is left to prove: the plans of diffusers' classes are for the version that is required."""
+
     def load(self) -> None:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         whole, shards, device = self._mapping, self._shards, self._groups.device
@@ -171,6 +174,11 @@ class Transformer:
     def whole_patches(self, x: torch.Tensor) -> torch.Tensor:
         """A latent with all of its tokens."""
         return to_whole_patches(x, self.latent.patch)
+
+    def image_tokens(self, batch: Batch) -> int:
+        """How many tokens of the picture a call has."""
+        x = self.whole_patches(batch.x)
+        return self.family.call(self.config, x, batch.timestep, batch.conditions).image_tokens
 
     def predict_batch(self, batch: Batch) -> torch.Tensor:
         """The transformer's output, shaped like x.

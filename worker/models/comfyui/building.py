@@ -69,18 +69,30 @@ def fill(module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[s
             "format that this ComfyUI does not know."
         ) from error
     parameters = dict(module.named_parameters())
-    lacking = [
-        name
-        for name in missing
-        if name in parameters and name not in left and not name.endswith(MADE_BY_LAYERS)
-    ]
-    lacking += [name for name in elsewhere if name not in left]
-    if lacking:
-        raise InvalidInput(
-            f"{path} lacks the tensor {lacking[0]} of ComfyUI's {type(module).__name__}; "
-            "the file is incomplete."
-        )
+    lacking = [name for name in missing if name in parameters and name not in left]
+    _check_lacking([*lacking, *(name for name in elsewhere if name not in left)], module, path)
     return left
+
+
+def check_names(module: nn.Module, detected: Detected, path: str) -> None:
+    """Raise InvalidInput for a file without a parameter of the whole class, or with another shape of one."""
+    tensors = named(detected)
+    _check_lacking([name for name, _ in module.named_parameters() if name not in tensors], module, path)
+    for name, parameter in module.named_parameters():
+        if not detected.quantised and name in tensors and tensors[name].shape != parameter.shape:
+            raise InvalidInput(
+                f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
+                f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}; the file is damaged."
+            )
+
+
+def _check_lacking(names: Sequence[str], module: nn.Module, path: str) -> None:
+    for name in names:
+        if not name.endswith(MADE_BY_LAYERS):
+            raise InvalidInput(
+                f"{path} lacks the tensor {name} of ComfyUI's {type(module).__name__}; "
+                "the file is incomplete."
+            )
 
 
 def blocks(module: nn.Module) -> list[str]:

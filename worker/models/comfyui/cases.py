@@ -166,7 +166,7 @@ _QWEN = ("qwen_image.model", "QwenImageTransformer2DModel")
 CASES: dict[str, Case] = {
     "flux": Case(*_FLUX, tiny.FLUX, _flux),
     "flux control": Case(*_FLUX, tiny.FLUX, lambda d: _flux(d, control=d.residuals(2, 2))),
-    "flux mask, kontext": Case(*_FLUX, tiny.FLUX, _flux_kontext),
+    "flux mask, kontext": Case(*_FLUX, tiny.FLUX, _flux_kontext, causal=True),
     "flux2": Case(*_FLUX, tiny.FLUX2, _flux2),
     "chroma": Case("chroma.model", "Chroma", tiny.CHROMA, _chroma),
     "chroma radiance": Case(

@@ -61,6 +61,7 @@ class Case:
         build: makes the tiny model of the class (and size, device, dtype, operations) whose constructor takes
             no size.
         forget: the method by which it forgets what it keeps from call to call; it is called twice then.
+        causal: tokens attend to earlier ones only, so that no patch sees keys that are not renewed.
     """
 
     module: str
@@ -70,6 +71,7 @@ class Case:
     parts: Mapping[str, Size] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 2, 3)
     forget: str = ""
+    causal: bool = False
     build: Callable[..., Any] | None = None
 
     def outputs(self, model: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:

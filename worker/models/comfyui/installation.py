@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import sys
 from enum import Enum
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.spec import HostComfyUI
+from comfy_xdit.protocol.spec import HostComfyUI, comfyui_version
 
-_VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)""", re.MULTILINE)
 _imported: HostComfyUI | None = None
 
 
@@ -30,7 +28,7 @@ def import_comfyui(host: HostComfyUI, device: torch.device) -> None:
             another ComfyUI.
     """
     global _imported
-    found = _version(Path(host.root))
+    found = comfyui_version(Path(host.root)) or "no ComfyUI"
     if found != host.version:
         raise InvalidInput(
             f"the host runs ComfyUI {host.version}, and {host.root} holds {found}: it was updated meanwhile; "
@@ -74,12 +72,6 @@ def _value(value: Any) -> Any:
         return value
     features: type[Enum] = importlib.import_module("comfy.cli_args").PerformanceFeature
     return {features(name) for name in value}
-
-
-def _version(root: Path) -> str:
-    file = root / "comfyui_version.py"
-    said = _VERSION.search(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return said.group(1) if said else "no ComfyUI"
 
 
 def _words(host: HostComfyUI) -> str:

@@ -2,138 +2,186 @@
 
 A version can keep every name and still change what happens between the blocks, and then the picture is wrong
 in silence. So a class is spread only where tiny models of it were, exactly, with every kind of call; and
-where leaving out what other ranks' keys say made a difference.
+where leaving out what other ranks' keys say made a difference. What came of it is remembered
+(comfy_xdit/protocol/proofs.py).
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
-import comfy.ops
+import comfy.ldm.modules.attention
 import torch
 from torch import nn
 
+from comfy_xdit.protocol import proofs
+from comfy_xdit.protocol.proofs import Kind, Proof
+from comfy_xdit.protocol.spec import HostComfyUI
 from worker.models.comfyui.cases import CASES
 from worker.models.comfyui.draw import Case, Draw
-from worker.models.comfyui.spreading import Spread
-from worker.models.comfyui.tiny import Size
-from worker.parallel import Mesh, PlanMismatch
+from worker.models.comfyui.spreading import Spread, candidates
+from worker.models.comfyui.staged import difference_in_patches
+from worker.models.comfyui.tiny_models import given, tiny_model
+from worker.parallel import Lockstep, OutOfStep, Plan, PlanMismatch, RankGroups
 
 SAME, OTHER = 1e-5, 1e-4  # relative L2: at most, and at least once ranks are deaf
 # What a class raises where something does not fit it.
-FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, PlanMismatch)
-_proven: dict[tuple[str, int, int], str] = {}  # class and degrees: why not, or nothing
+FAILURES = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
+    ImportError, PlanMismatch,
+)  # fmt: skip
+NO_MEMORY = ("out of memory", "can't allocate memory")
+Result = TypeVar("Result")
+_proven: dict[tuple[str, str], Proof] = {}  # in this process, of its one ComfyUI, by class and method
 
 
-def prove(name: str, mesh: Mesh, device: torch.device) -> None:
-    """Compare tiny models of a class, once in a process. All ranks of the mesh call it alike.
+class FailedAlone(Exception):
+    """A rank failed where another did not, or for want of memory: this says nothing of the plan."""
+
+
+def prove(name: str, host: HostComfyUI, groups: RankGroups, method: str, again: bool = False) -> Proof:
+    """What is remembered of a class; or its tiny models are compared. All ranks call it alike.
+
+    Args:
+        method: proofs.TOKENS, for which there are several ranks, or proofs.PATCHES.
+        again: whatever is remembered, unless it is right.
 
     Raises:
-        PlanMismatch: its plan is not right for this ComfyUI's class, or there is no tiny model of it.
+        PlanMismatch: it has no plan.
     """
-    key = (name, mesh.ulysses, mesh.ring)
-    if key not in _proven:
-        _proven[key] = _why_not(name, mesh, device)
-    if _proven[key]:
-        raise PlanMismatch(f"its plan is not right for this ComfyUI's {name} ({_proven[key]})")
+    plans, attention = candidates(name), chosen_attention()
+    known = _proven.get((name, method)) or proofs.read(host, name, attention, method)
+    # On several machines each has a file of its own.
+    apart = groups.differ("" if known is None else f"{known.plan} of {len(known.tried)}")
+    if known is not None and not apart and not (again and known.plan is None):
+        _proven[name, method] = known
+        return known
+    cases = {kind: case for kind, case in CASES.items() if case.name == name}
+    tried, sure = [], True
+    for plan in plans:
+        kinds: dict[str, Kind] = {}
+        for kind, case in cases.items():
+            try:
+                kinds[kind] = _compared(case, plan, groups, method)
+            except FailedAlone as failure:
+                kinds[kind], sure = Kind(wrong=str(failure)), False
+        tried.append(kinds)
+        if not proofs.why_not(kinds):
+            break
+    proof = Proof(name, attention, method, tuple(tried))
+    if sure or proof.plan is not None:
+        _proven[name, method] = proof
+        proofs.remember(host, proof)
+    return proof
 
 
-def tiny_model(case: Case, device: torch.device) -> tuple[nn.Module, Size]:
-    """A model of a case with random weights, every one of them, in fp32; and the size this version knows.
+def proven_plan(name: str, host: HostComfyUI, groups: RankGroups, method: str) -> Plan:
+    """The plan of a class that is right on this ComfyUI.
 
     Raises:
-        TypeError, ImportError, AttributeError: this ComfyUI has no such class, or no such variant.
+        PlanMismatch: none is.
     """
-    module = importlib.import_module(f"comfy.ldm.{case.module}")
-    made = getattr(module, case.name)
-    size = _known(made, case.size)
-    build = made if case.build is None else partial(case.build, made)
-    with _told(module, case.parts):
-        model = build(**size, device=device, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-    generator = torch.Generator().manual_seed(0)
-    for key, tensor in model.state_dict().items():
-        if key.endswith("inv_freq"):  # of a file, as some are: not filled by the class, and not random
-            tensor.copy_(1e4 ** -torch.linspace(0, 1, tensor.numel()).view_as(tensor))
-        elif tensor.is_floating_point() and not key.endswith("freqs"):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.08)
-    return model.eval().requires_grad_(False), {k: v for k, v in size.items() if k != "image_model"}
+    proof = prove(name, host, groups, method)
+    if proof.plan is None:
+        raise PlanMismatch(f"its plan is not right for this ComfyUI's {name} ({proof.why})")
+    return candidates(name)[proof.plan]
 
 
-@contextmanager
-def _told(module: ModuleType, parts: Mapping[str, Size]) -> Iterator[None]:
-    """Within, these classes of a module are built in a size that their owner does not pass on."""
-    full = {name: getattr(module, name) for name in parts}
-    for name, size in parts.items():
-        setattr(module, name, partial(full[name], **size))
+def chosen_attention() -> str:
+    """The name of the function that ComfyUI attends with."""
+    chosen = comfy.ldm.modules.attention.optimized_attention
+    return getattr(chosen, "original", chosen).__name__
+
+
+# ---------------------------------------------------------------------- one kind of call
+
+
+def _compared(case: Case, plan: Plan, groups: RankGroups, method: str) -> Kind:
+    """Raises FailedAlone."""
+    device = groups.device
+
+    def alone() -> tuple[nn.Module, list[torch.Tensor]]:
+        model, _ = tiny_model(case, device)
+        return model, _call(model, case, device)
+
+    built, why = _on_all(groups, alone)
+    if built is None:
+        return Kind(unbuilt=why)
+    if method == proofs.PATCHES:
+        return _compared_in_patches(case, plan, groups)
+    model, wanted = built
+    errors = []
+    for deaf in (False, True):
+        error, why = _on_all(groups, lambda deaf=deaf: _difference(model, case, plan, groups, wanted, deaf))
+        if error is None:
+            return Kind(wrong=why)
+        errors.append(error)
+    error, deaf = errors
+    wrong = ""
+    if groups.any(not error <= SAME or not deaf >= OTHER):
+        wrong = f"off by {error:.0e}, and by {deaf:.0e} without other ranks' keys"
+    return Kind(error, deaf, wrong)
+
+
+def _compared_in_patches(case: Case, plan: Plan, groups: RankGroups) -> Kind:
+    """Raises FailedAlone."""
+    found, why = _on_all(groups, lambda: difference_in_patches(case, plan, groups.device))
+    if found is None:
+        return Kind(wrong=why)
+    whole, patches, stale = found
+    wrong = ""
+    if groups.any(not whole <= SAME or not patches <= SAME):
+        wrong = f"off by {whole:.0e} as a whole, and by {patches:.0e} in patches"
+    elif groups.any(not (stale >= OTHER or case.causal)):
+        wrong = "patches do not see each other's keys"
+    return Kind(max(whole, patches), stale, wrong)
+
+
+def _on_all(groups: RankGroups, do: Callable[[], Result]) -> tuple[Result | None, str]:
+    """What `do` returns; or nothing, and what it raised here, as it did on all ranks.
+
+    Raises:
+        FailedAlone: it failed on some ranks only, or for want of memory, on all ranks alike.
+    """
+    result, failure, transient = None, None, False
     try:
-        yield
-    finally:
-        for name, of_name in full.items():
-            setattr(module, name, of_name)
+        result = do()
+    except MemoryError as error:
+        failure, transient = error, True
+    except FAILURES as error:
+        failure = error
+        transient = isinstance(error, OutOfStep) or any(word in str(error).lower() for word in NO_MEMORY)
+    failed, fine, transient = (groups.any(flag) for flag in (failure is not None, failure is None, transient))
+    if transient or (failed and fine):
+        said = _words(failure) or "another rank refused"
+        raise FailedAlone(f"{said} (on some ranks only, or for want of memory; the next load tries again)")
+    return result, _words(failure)
 
 
-def _known(made: type, size: Size) -> Size:
-    """Of a class whose sizes are a dataclass: those of this version."""
-    for name, value in vars(sys.modules[made.__module__]).items():
-        if name.lower() == f"{made.__name__.lower()}params" and inspect.isclass(value):
-            fields = value.__dataclass_fields__
-            known = {key: part for key, part in size.items() if key in fields}
-            return known | ({"image_model": None} if "image_model" in fields else {})
-    return size
-
-
-def _why_not(name: str, mesh: Mesh, device: torch.device) -> str:
-    compared = 0
-    for kind, case in CASES.items():
-        if case.name != name:
-            continue
-        try:
-            model, _ = tiny_model(case, device)
-            wanted = _call(model, case, device)
-        except FAILURES:
-            continue  # of no such variant, or one that this ComfyUI itself cannot compute
-        try:
-            error = _difference(model, case, mesh, device, wanted, deaf=False)
-            deaf = _difference(model, case, mesh, device, wanted, deaf=True)
-        except FAILURES as failure:
-            return f"{kind}: {failure}"
-        compared += 1
-        if not error <= SAME or not deaf >= OTHER:
-            return f"{kind}: off by {error:.0e}, and by {deaf:.0e} without other ranks' keys"
-    return "" if compared else "there is no tiny model to prove it on"
+def _words(failure: BaseException | None) -> str:
+    return "" if failure is None else f"{type(failure).__name__}: {failure}"
 
 
 def _difference(
-    model: nn.Module, case: Case, mesh: Mesh, device: torch.device, wanted: list[torch.Tensor], deaf: bool
+    model: nn.Module, case: Case, plan: Plan, groups: RankGroups, wanted: list[torch.Tensor], deaf: bool
 ) -> float:
-    spread = Spread(model, mesh, deaf=deaf)
+    mesh = Lockstep.of(groups.mesh, groups.differ)
+    spread: Spread | None = None
     try:
-        got = _call(model, case, device, spread)
+        with mesh.together():
+            spread = Spread(model, plan, mesh, deaf=deaf)
+            got = _call(model, case, groups.device, spread)
     finally:
-        spread.close()
+        if spread is not None:
+            spread.close()
     return max(float((g - w).norm() / w.norm()) for g, w in zip(got, wanted, strict=True))
 
 
 def _call(
     model: nn.Module, case: Case, device: torch.device, spread: Spread | None = None
 ) -> list[torch.Tensor]:
-    args, kwargs = _to(case.call(Draw(case.batches[0])), device)
+    args, kwargs = given(case, Draw(case.batches[0]), device)
     if spread is not None and "control" in kwargs:
         kwargs["control"] = spread.residuals(kwargs["control"])
-    sigmas = {"sigmas": torch.tensor([0.5]), "sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
-    return case.outputs(model, *args, **kwargs, transformer_options=_to(sigmas, device))
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(part, device) for key, part in value.items()}
-    return type(value)(_to(part, device) for part in value) if isinstance(value, (list, tuple)) else value
+    return case.outputs(model, *args, **kwargs)

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from comfy_xdit.protocol.messages import Residuals
-from worker.models.plans.comfyui import PLANS, REASONS, TEXT_FIRST
+from worker.models.plans.comfyui import PLANS, REASONS
 from worker.parallel import Mesh, Plan, PlanMismatch, Region, SpreadTokens, WithLogSumExp, catching, choosing
 
+PATCHED = "image"  # what all plans call the tokens of a picture, which PipeFusion cuts into patches
 # What modules of ComfyUI call for attention; each has its own name for the one that was chosen.
 ATTENTION = {
     "optimized_attention": catching,
     "optimized_attention_masked": catching,
     "optimized_attention_for_device": choosing,
 }
-JOINED = "cat((txt, img), 1)"  # in the forward of a class whose versions differ in it
 
 
-def plan_of(module: nn.Module) -> Plan:
-    """The plan of its class. Raises PlanMismatch where there is none."""
-    name = type(module).__name__
+def planned_classes() -> list[str]:
+    """Names of the classes that have a plan."""
+    return sorted(PLANS)
+
+
+def candidates(name: str) -> tuple[Plan, ...]:
+    """The plans of a class, of which the proof chooses the first that is right.
+
+    Raises:
+        PlanMismatch: it has none.
+    """
     if name not in PLANS:
-        why = REASONS.get(name, f"comfy_xdit has no plan for ComfyUI's {name}")
-        raise PlanMismatch(why)
-    other = PLANS.get(f"{name}, {TEXT_FIRST}")
-    if other is not None and JOINED in inspect.getsource(type(module).forward_orig):
-        return other
-    return PLANS[name]
+        raise PlanMismatch(REASONS.get(name, f"comfy_xdit has no plan for ComfyUI's {name}"))
+    plans = PLANS[name]
+    # What a region says, and the proof, decide whether they can be cut into patches.
+    return tuple(replace(plan, patched=PATCHED) for plan in (plans if isinstance(plans, tuple) else (plans,)))
 
 
 class Spread:
     """A module whose tokens are spread over the ranks of a mesh, in its own forward.
+
+    Args:
+        plan: of its class.
+        deaf: as of SpreadTokens.
 
     Raises:
         PlanMismatch: this ComfyUI's class is not the one its plan was written for.
     """
 
     def __init__(
-        self, module: nn.Module, mesh: Mesh, kernel: WithLogSumExp | None = None, deaf: bool = False
+        self,
+        module: nn.Module,
+        plan: Plan,
+        mesh: Mesh,
+        kernel: WithLogSumExp | None = None,
+        deaf: bool = False,
     ):
-        plan = plan_of(module)
         catch_attention()
         self.tokens = SpreadTokens(module, plan, mesh, kernel, deaf)
         self._hooks = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import comfy.float
@@ -65,15 +65,21 @@ class PatchedComfyUI(PatchedModel):
     Args:
         module: the loaded transformer, written to.
         shards: what this rank has of some of the weights only.
+        known: names of weights of the whole model, also of those that other stages have.
     """
 
     def __init__(
-        self, module: nn.Module, detected: Detected, shards: ShardedWeights | None, loras: LoraFiles
+        self,
+        module: nn.Module,
+        detected: Detected,
+        shards: ShardedWeights | None,
+        loras: LoraFiles,
+        known: Iterable[str],
     ):
         self._module, self._detected, self._shards = module, detected, shards
         self._kept: dict[str, nn.Parameter] = {}
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-        super().__init__(names, names, loras)
+        super().__init__(names | set(known), names, loras)
 
     def write(self, changed: list[str], wanted: Weights, store: PatchStore) -> Iterator[str]:
         """As of PatchedModel."""

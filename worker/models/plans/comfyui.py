@@ -21,6 +21,12 @@ from worker.parallel import (
     Tokens,
 )
 
+
+def _mirrored(block: int, blocks: int) -> int | None:
+    """The block whose output another one reads, counted from the end as that from the beginning."""
+    return blocks - 1 - block if block > blocks // 2 else None
+
+
 IMAGE, TEXT = Tokens("image"), Tokens("text")
 OPTIONS = "transformer_options"
 # LTX's cosines and sines, for all heads or for each; from 0.33 on matrices that turn.
@@ -265,8 +271,8 @@ FLUX, RADIANCE = (
 # It drops the tokens of a reference before its last layer.
 HUNYUAN_VIDEO, HUNYUAN_VIDEO_TEXT_FIRST = _flux("image text", ""), _flux("text image", "")
 
-TEXT_FIRST = "text first"  # behind the name of a class: of the versions that join its streams so
-PLANS: dict[str, Plan] = {
+# Of a class whose versions differ, several: the first that is proven on the ComfyUI at hand is taken.
+PLANS: dict[str, Plan | tuple[Plan, ...]] = {
     "AsymmDiTJoint": Plan((MOCHI,)),
     "AudioDiffusionTransformer": Plan((STABLE_AUDIO,)),
     "Chroma": FLUX,
@@ -274,11 +280,10 @@ PLANS: dict[str, Plan] = {
     "Flux": FLUX,
     "GeneralDIT": Plan((COSMOS1,)),
     "HiDreamImageTransformer2DModel": Plan((HIDREAM,)),
-    "HunYuanDiT": Plan((HUNYUAN_DIT,)),
-    "HunYuanDiTPlain": Plan((HUNYUAN3D21,)),
+    "HunYuanDiT": Plan((HUNYUAN_DIT,), skips=_mirrored),
+    "HunYuanDiTPlain": Plan((HUNYUAN3D21,), skips=_mirrored),
     "Hunyuan3Dv2": FLUX,
-    "HunyuanVideo": HUNYUAN_VIDEO,
-    f"HunyuanVideo, {TEXT_FIRST}": HUNYUAN_VIDEO_TEXT_FIRST,
+    "HunyuanVideo": (HUNYUAN_VIDEO, HUNYUAN_VIDEO_TEXT_FIRST),
     "Kandinsky5": Plan((KANDINSKY5,)),
     "LTXAVModel": Plan((_ltxav(),)),
     "LTXVModel": Plan((LTXV,)),

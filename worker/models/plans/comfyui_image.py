@@ -87,7 +87,7 @@ def _boogu() -> Plan:
     return Plan((*refined, together))
 
 
-PLANS: dict[str, Plan] = {
+PLANS: dict[str, Plan | tuple[Plan, ...]] = {
     "BooguTransformer2DModel": _boogu(),
     "ErnieImageModel": Plan((ERNIE,)),
     "Ideogram4Transformer2DModel": Plan((IDEOGRAM4,)),

@@ -104,7 +104,7 @@ TRELLIS = (
     *(_trellis(model, Voxels("image")) for model in ("img2shape", "img2shape_512", "shape2txt")),
 )
 
-PLANS: dict[str, Plan] = {
+PLANS: dict[str, Plan | tuple[Plan, ...]] = {
     "AceStepConditionGenerationModel": Plan((ACE15,)),
     "ACEStepTransformer2DModel": Plan((ACE,)),
     "HiDreamO1Transformer": Plan((HIDREAM_O1,)),

@@ -64,7 +64,7 @@ MINIMAX_H3 = Region(
     "image",
 )
 
-PLANS: dict[str, Plan] = {
+PLANS: dict[str, Plan | tuple[Plan, ...]] = {
     "AnimateWanModel": _wan("face_adapter.fuser_blocks.*"),
     "CameraWanModel": _wan(),
     "CausalWanModel": _wan(same="kv_cache crossattn_cache"),

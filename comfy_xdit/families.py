@@ -1,0 +1,74 @@
+"""`comfy-xdit doctor --families`: which of a ComfyUI's classes are proven to run on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from comfy_xdit.protocol import proofs
+from comfy_xdit.protocol.errors import InvalidInput, XDiTError
+from comfy_xdit.protocol.messages import Prove
+from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
+from comfy_xdit.protocol.proofs import Kind, Proof
+from comfy_xdit.protocol.spec import HostComfyUI
+from comfy_xdit.ranks.group import WorkerGroup
+
+RANKS = 2
+METHODS = {proofs.TOKENS: "Ulysses and Ring", proofs.PATCHES: "PipeFusion"}
+
+
+def lines(folder: Path | None, prove: bool = False) -> Iterator[str]:
+    """A line for each kind of call of each class.
+
+    Args:
+        folder: of the ComfyUI; None is refused.
+        prove: what is not proven, on two ranks; else what is remembered is shown, and nothing starts.
+
+    Raises:
+        InvalidInput: no ComfyUI is there.
+    """
+    if folder is None:
+        raise InvalidInput("this pack is in no ComfyUI; name one with --comfyui FOLDER.")
+    host = HostComfyUI.at(folder)
+    yield f"ComfyUI {host.version} in {host.root}: relative L2 of {RANKS} ranks to one, tiny models in fp32"
+    if prove:
+        yield from _proven_now(host)
+        return
+    found = sorted(
+        proofs.known(host), key=lambda proof: (proof.name, proof.attention, proof.method != proofs.TOKENS)
+    )
+    for proof in found:
+        yield from rows(proof)
+    if not found:
+        yield "nothing is proven yet"
+    yield "A class is proven when it is first loaded with ulysses_degree or ring_degree 2; all now: --prove"
+
+
+def rows(proof: Proof) -> Iterator[str]:
+    """Of one class: what came of it, and of every kind of call of the plan that was tried last."""
+    what = "yes" if proof.plan is not None else f"no: {proof.why}"
+    yield f"{proof.name} ({proof.attention}), {METHODS[proof.method]}: {what}"
+    for kind, outcome in (proof.tried[-1] if proof.tried else {}).items():
+        yield f"  {kind:<24}{_words(outcome)}"
+
+
+def _words(outcome: Kind) -> str:
+    if outcome.wrong:
+        return f"wrong: {outcome.wrong}"
+    if outcome.error is None:
+        return f"not in this ComfyUI: {outcome.unbuilt}"
+    return f"proven: {outcome.error:.0e} ({outcome.deaf:.0e} without the others' keys)"
+
+
+def _proven_now(host: HostComfyUI) -> Iterator[str]:
+    devices = () if len(available_devices()) >= RANKS else ("cpu",) * RANKS
+    group = WorkerGroup(ParallelConfig(ulysses_degree=RANKS, devices=devices))
+    try:
+        for name in group.call(Prove(host)).value:
+            try:
+                for proof in group.call(Prove(host, name)).value:
+                    yield from rows(Proof.of(proof))
+            except XDiTError as error:  # a class that ends the ranks does not hide the others
+                yield f"{name}: {str(error).splitlines()[0]}"
+    finally:
+        group.close()
