@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -84,7 +85,11 @@ def _ltxav_guide(d: Draw, strength: float = 1.0) -> Any:
 
 
 def _ltxv_guide(d: Draw) -> Any:
+    from comfy.ldm.lightricks.symmetric_patchifier import SymmetricPatchifier  # once there is a ComfyUI
+
     (latents, (time, _), text), more = _ltxav_guide(d, strength=0.5)
+    if "start_end" not in signature(SymmetricPatchifier).parameters:  # in 0.3.64 a place has no end
+        more["keyframe_idxs"] = more["keyframe_idxs"][..., 0]
     return (latents[0], time, text[..., :TEXT], None), more
 
 
