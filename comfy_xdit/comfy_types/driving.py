@@ -7,6 +7,7 @@ import comfy.utils
 import latent_preview
 import torch
 
+from comfy_xdit.comfy_types.latents import fitting
 from comfy_xdit.comfy_types.patcher import RemotePatcher
 from comfy_xdit.nodes.surroundings import SamplerInputs
 
@@ -14,7 +15,7 @@ from comfy_xdit.nodes.surroundings import SamplerInputs
 def drive(model: RemotePatcher, inputs: SamplerInputs) -> torch.Tensor:
     """The samples of KSampler's LATENT for these inputs: its noise, schedule, previews and interrupts."""
     latent = inputs.latent_image
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    samples = fitting(model, latent)
     noise = comfy.sample.prepare_noise(samples, inputs.seed, latent.get("batch_index"))
     return comfy.sample.sample(
         model,

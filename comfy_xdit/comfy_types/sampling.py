@@ -20,6 +20,7 @@ from comfy.model_base import BaseModel
 
 from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
 from comfy_xdit.comfy_types.exact_calls import OPTIONS
+from comfy_xdit.comfy_types.latents import fitting
 from comfy_xdit.comfy_types.model import pictures_of, remote_of
 from comfy_xdit.comfy_types.options import plain_options, rank_options
 from comfy_xdit.comfy_types.patcher import COMPUTE_DTYPE, RemotePatcher
@@ -133,7 +134,7 @@ def _beginning(
     samples = latent["samples"]
     if not isinstance(samples, torch.Tensor):
         raise NotInTheLoop("the latent is several at once, and the ranks' loop takes one")
-    samples = comfy.sample.fix_empty_latent_channels(model, samples)
+    samples = fitting(model, latent)
     if samples.ndim != 2 + space.dimensions:
         raise NotInTheLoop(
             f"the latent has shape {tuple(samples.shape)}; the ranks' loop takes {space.shape} of this MODEL"

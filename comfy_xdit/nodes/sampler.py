@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from comfy_xdit.nodes.surroundings import SamplerInputs, Surroundings, surroundings
+from comfy_xdit.nodes.surroundings import RATIOS, SamplerInputs, Surroundings, surroundings
 from comfy_xdit.protocol.errors import InvalidInput, NotInTheLoop
 from comfy_xdit.protocol.spec import SAMPLERS
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 _NAMES = f"{', '.join(SAMPLERS[:-1])} and {SAMPLERS[-1]}"
@@ -75,10 +78,16 @@ def sample(here: Surroundings, model: Any, **widgets: Any) -> tuple[dict[str, An
                 "pipefusion_degree to 1."
             ) from reason
         samples = here.drive(model, inputs)
-        return {**inputs.latent_image, "samples": samples}, f"Sampled as KSampler does it: {reason}."
+        return _answer(inputs, samples), f"Sampled as KSampler does it: {reason}."
     if len(request.sigmas) < 2:  # denoise 0: nothing to do, as in KSampler
         return inputs.latent_image, ""
     show = here.progress(model, inputs.steps)
     with here.interruptible():
         answer = remote.sample(request, on_progress=show, interrupted=here.interrupted)
-    return {**inputs.latent_image, "samples": finish(answer)}, ""
+    return _answer(inputs, finish(answer)), ""
+
+
+def _answer(inputs: SamplerInputs, samples: torch.Tensor) -> dict[str, Any]:
+    """The LATENT with other samples, which are of the model's own size."""
+    kept = {name: value for name, value in inputs.latent_image.items() if name not in RATIOS}
+    return kept | {"samples": samples}

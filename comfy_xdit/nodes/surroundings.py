@@ -38,6 +38,10 @@ KINDS = {
 }
 
 
+# From 0.33 on an empty LATENT says how much smaller it is than the picture: another model's may be resized.
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+
+
 @dataclass(frozen=True)
 class SamplerInputs:
     """What KSampler takes beside the MODEL: its widgets, CONDITIONINGs and LATENT."""

@@ -232,6 +232,26 @@ def test_a_run_of_ksampler_is_stocks(comfyui, run_node, files, name):
     assert torch.equal(sampled(run_node, pair.ours, name), sampled(run_node, pair.stock, name))
 
 
+@pytest.mark.parametrize("sampler", ["KSampler", "XDiTSampler"])
+def test_an_empty_latent_gets_the_size_of_the_model(comfyui, run_node, files, sampler):
+    """ComfyUI 0.33's says its ratio to the picture, which is not that of Flux.2."""
+    pair = models(comfyui, run_node, files("flux2"), {})
+    (latent,) = run_node("EmptyLatentImage", width=224, height=160, batch_size=1)
+    width, more, _ = RUNS["flux2"]
+    common = {
+        "seed": 7, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+        "positive": conditioning(1, width, more), "negative": conditioning(2, width, more),
+        "latent_image": latent,
+    }  # fmt: skip
+
+    (wanted,) = run_node("KSampler", model=pair.stock, **common)
+    answer = run_node(sampler, model=pair.ours, **common)
+
+    (actual,) = answer["result"] if isinstance(answer, dict) else answer
+    assert set(actual) == set(wanted)
+    assert torch.equal(actual["samples"], wanted["samples"])
+
+
 # HiDream O1 keeps keys of the prompt, which are others with other weights.
 @pytest.mark.parametrize(
     ("name", "where"), [("wan t2v", ""), ("z-image", ""), ("hidream o1", "layers.0.self_attn.v_proj")]

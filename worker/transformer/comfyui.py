@@ -21,7 +21,7 @@ from worker.checkpoints import Checkpoint
 from worker.models import in_diffusers
 from worker.models.comfyui.building import blocks, build, check_names, fill, materialise, outline
 from worker.models.comfyui.detection import Detected, detect, named
-from worker.models.comfyui.layout import ROWS_TOGETHER, ComfyUILayout, without_others
+from worker.models.comfyui.layout import LARGEST_TIMESTEP, ROWS_TOGETHER, ComfyUILayout, without_others
 from worker.models.comfyui.weights import PatchedComfyUI, lora_files
 from worker.parallel import (
     Degrees,
@@ -249,7 +249,7 @@ class ComfyUITransformer:
         The rows are spread over the branches. One without any computes the first, which costs no time: it
         has the shape of what the others send, and takes part in what they share.
         """
-        shard = self._groups.rows(len(batch)) if self.name not in ROWS_TOGETHER else None
+        shard = self._groups.rows(len(batch)) if self._rows_apart(batch) else None
         if shard is None:
             return self._call(batch)
         own = shard.span(self._groups.branch)
@@ -262,6 +262,16 @@ class ComfyUITransformer:
         return (
             gathered(outputs) if isinstance(outputs, torch.Tensor) else [gathered(part) for part in outputs]
         )
+
+    def _rows_apart(self, batch: Batch) -> bool:
+        """Whether each row of a call is what it is alone."""
+        if self.name in LARGEST_TIMESTEP:
+            given = batch.timestep
+            times = [given] if isinstance(given, torch.Tensor) else given
+            times = [time for time in times if time is not None]  # of sound there may be none
+            largest = [time.flatten(1).amax(1) if time.ndim > 1 else time for time in times]
+            return all(bool((row == row[0]).all()) for row in largest)
+        return self.name not in ROWS_TOGETHER
 
     def predict_plain(self, batch: Batch) -> torch.Tensor:
         """The output for latents and conditions that no BaseModel has cast yet: of a loop in the ranks.

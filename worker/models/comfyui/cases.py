@@ -72,9 +72,11 @@ def _ltxv(d: Draw, per_token: bool = False) -> Any:
     return (d(CHANNELS, *SMALL_VIDEO), time, d.prompt(), mask), {}
 
 
-def _ltxav(d: Draw, per_token: bool = False) -> Any:
-    # Rows share a noise mask: 0.33 takes the largest timestep of them all.
-    times = tuple(d(n).sigmoid()[:1].expand(d.batch, n) for n in (105, 9))
+def _ltxav(d: Draw, per_token: bool = False, shared: bool = True) -> Any:
+    """`shared`: its rows have one noise mask."""
+    times = tuple(d(n).sigmoid() for n in (105, 9))
+    if shared:
+        times = tuple(time[:1].expand_as(time) for time in times)
     latents = [d(CHANNELS, *SMALL_VIDEO), d(8, 9, 16)]
     return (latents, times if per_token else d.time(), d.prompt(2 * TEXT)), {}
 
@@ -187,6 +189,7 @@ CASES: dict[str, Case] = {
     "ltxv timesteps": Case(*_LTXV, tiny.LTXV, partial(_ltxv, per_token=True)),
     "ltxav": Case(*_LTXAV, tiny.LTXAV, _ltxav),
     "ltxav timesteps": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav, per_token=True)),
+    "ltxav rows": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav, per_token=True, shared=False), batches=(2,)),
     "hunyuan video": Case(*_HUNYUAN, tiny.HUNYUAN_VIDEO, _hunyuan_video_masked),
     "hunyuan video i2v": Case(
         *_HUNYUAN,

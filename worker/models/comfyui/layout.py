@@ -18,6 +18,9 @@ from worker.parallel import Degrees, Mesh, Plan, PlanMismatch, RankGroups, Stage
 # the first one hear the voices of all (AceStepConditionGenerationModel), or look up which rows are of which
 # prompt (Trellis2).
 ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT", "AceStepConditionGenerationModel", "Trellis2"})
+# Classes that take the largest timestep of all rows (LTX-2 from 0.33 on, for what video and sound hear of
+# each other): where rows have noise masks of their own, they are not what they are alone.
+LARGEST_TIMESTEP = frozenset({"LTXAVModel"})
 
 
 class ComfyUILayout:
