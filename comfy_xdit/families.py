@@ -41,7 +41,7 @@ def lines(folder: Path | None, prove: bool = False) -> Iterator[str]:
         yield from rows(proof)
     if not found:
         yield "nothing is proven yet"
-    yield "A class is proven when it is first loaded with ulysses_degree or ring_degree 2; all now: --prove"
+    yield "A class is proven when its tokens are first to be spread; all now: --prove"
 
 
 def rows(proof: Proof) -> Iterator[str]:

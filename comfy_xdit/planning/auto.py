@@ -22,8 +22,9 @@ from comfy_xdit.planning.topology import this_machine
 from comfy_xdit.protocol import proofs, remembered
 from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import Check
+from comfy_xdit.protocol.messages import Check, Prove
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig, available_devices
+from comfy_xdit.protocol.proofs import Proof
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.registry import running_groups, worker_group
 
@@ -73,6 +74,7 @@ def layout_of(
     if key not in _chosen:
         told = description(spec, interrupted)
         if told.comfyui:
+            told = _proven(told, spec, _of_class(replace(told, not_spread=""), devices, shard), interrupted)
             layout = _of_class(told, devices, shard).check(available)
             _by_class[spec.path, layout] = _why_of_class(told)
             return layout
@@ -110,6 +112,24 @@ def _of_class(told: ModelDescription, devices: tuple[str, ...], shard: bool) -> 
         shard_weights=shard,
     )
     return replace(layout, devices=devices[: layout.world_size])
+
+
+def _proven(
+    told: ModelDescription,
+    spec: ModelSpec,
+    layout: ParallelConfig,
+    interrupted: Callable[[], bool] | None,
+) -> ModelDescription:
+    """The description with what the ranks of `layout` prove of a class that nothing is known of yet.
+
+    Seconds, once for each class and ComfyUI; the ranks are those that the model then has.
+    """
+    if told.not_spread != proofs.UNPROVEN or layout.ulysses_degree == 1:
+        return told
+    group = worker_group(layout.check(available_devices()))
+    answer = group.call(Prove(spec.comfyui, told.family), interrupted=interrupted).value
+    why = next(proof.why for proof in map(Proof.of, answer) if proof.method == proofs.TOKENS)
+    return replace(told, not_spread=why)
 
 
 def _why_of_class(told: ModelDescription) -> str:

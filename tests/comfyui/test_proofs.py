@@ -63,7 +63,7 @@ def host(comfyui, tmp_path_factory) -> Iterator[HostComfyUI]:
 @pytest.fixture(scope="module")
 def files(comfyui) -> dict[str, Path]:
     folder = comfyui.models / "diffusion_models"
-    return {name: folder / write(name, folder) for name in ("auraflow", "pixart", "chroma")}
+    return {name: folder / write(name, folder) for name in ("auraflow", "pixart", "chroma", "flux")}
 
 
 def remote(host: HostComfyUI, file: Path) -> RemoteModel:
@@ -110,6 +110,17 @@ def test_the_planner_knows_why(host, files):
     assert "pixart: off by" in auto.description(refused).not_spread
     ((_, why),) = [found for found in auto.classes_for(auto.layout_of(two, refused)) if "pixart" in found[0]]
     assert "both prompts at once; tokens are not spread: pixart: off by" in why
+
+
+def test_auto_has_a_class_proven_that_nothing_is_known_of(host, files):
+    """FLUX.1 has one prompt, so that both devices are left for its tokens."""
+    unknown = ModelSpec.of(files["flux"], "transformer", comfyui=host)
+    assert auto.description(unknown).not_spread == proofs.UNPROVEN
+
+    layout = auto.layout_of(Automatic(("cpu", "cpu")), unknown)
+
+    assert layout.ulysses_degree == 2
+    assert not auto.description(unknown).not_spread
 
 
 def test_doctor_shows_what_is_remembered(host):
