@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfy_xdit.ranks.environment import rank_threads
+from comfy_xdit.ranks.registry import running_groups
+from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui import class_ranks
 from tests.comfyui.families_table import ABSENT, FamiliesTable
 from tests.comfyui.inputs import layout, relative_l2
@@ -206,6 +208,7 @@ RUNS = {
     "flux2": (40, {"pooled_output": 24}, (1, 128, 5, 7)),
     "hunyuan video": (40, {"pooled_output": 24}, (1, 16, 3, 10, 14)),
     "chroma": (40, {"pooled_output": 24}, (1, 16, 10, 14)),
+    "ltxav": (80, {}, ((1, 16, 3, 5, 7), (1, 8, 9, 16))),  # a video and its sound
 }
 
 
@@ -215,21 +218,48 @@ def conditioning(seed: int, width: int, more: dict[str, int]) -> list[Any]:
     return [[torch.randn(1, 11, width, generator=generator), extra]]
 
 
-def sampled(run_node, model: Any, name: str) -> torch.Tensor:
-    width, more, shape = RUNS[name]
+def sampled(run_node, model: Any, name: str) -> list[torch.Tensor]:
+    width, more, shapes = RUNS[name]
+    if isinstance(shapes[0], tuple):
+        nested = importlib.import_module("comfy.nested_tensor").NestedTensor
+        empty = nested([torch.zeros(shape) for shape in shapes])
+    else:
+        empty = torch.zeros(shapes)
     (latent,) = run_node(
         "KSampler", model=model, seed=7, steps=3, cfg=3.0, sampler_name="euler", scheduler="simple",
         denoise=1.0, positive=conditioning(1, width, more), negative=conditioning(2, width, more),
-        latent_image={"samples": torch.zeros(shape)},
+        latent_image={"samples": empty},
     )  # fmt: skip
-    return latent["samples"]
+    return getattr(latent["samples"], "tensors", [latent["samples"]])
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_ksampler_is_stocks(comfyui, run_node, files, name):
     pair = models(comfyui, run_node, files(name), {})
 
-    assert torch.equal(sampled(run_node, pair.ours, name), sampled(run_node, pair.stock, name))
+    actual, wanted = (sampled(run_node, model, name) for model in (pair.ours, pair.stock))
+    assert len(actual) == len(wanted) and all(map(torch.equal, actual, wanted))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_interrupt_ends_a_run_and_the_next_is_as_before(comfyui, run_node, files, monkeypatch, name):
+    import comfy.model_management as management
+
+    ours, denoise, calls = models(comfyui, run_node, files(name), {}).ours, RemoteModel.denoise, []
+    before, pids = sampled(run_node, ours, name), [group.pids for group in running_groups()]
+
+    def stopping(self: RemoteModel, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        management.interrupt_current_processing(len(calls) == 2)
+        return denoise(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(management.InterruptProcessingException):
+        patch.setattr(RemoteModel, "denoise", stopping)
+        sampled(run_node, ours, name)
+
+    assert len(calls) == 2
+    assert all(map(torch.equal, sampled(run_node, ours, name), before))
+    assert [group.pids for group in running_groups()] == pids
 
 
 @pytest.mark.parametrize("sampler", ["KSampler", "XDiTSampler"])
@@ -254,7 +284,8 @@ def test_an_empty_latent_gets_the_size_of_the_model(comfyui, run_node, files, sa
 
 # HiDream O1 keeps keys of the prompt, which are others with other weights.
 @pytest.mark.parametrize(
-    ("name", "where"), [("wan t2v", ""), ("z-image", ""), ("hidream o1", "layers.0.self_attn.v_proj")]
+    ("name", "where"),
+    [("wan t2v", ""), ("z-image", ""), ("ltxav", ""), ("hidream o1", "layers.0.self_attn.v_proj")],
 )
 def test_a_lora_on_classes_own_names_is_stocks(comfyui, run_node, files, name, where):
     """A stock LoRA node, and off again; the file's names are the class's own."""
