@@ -474,3 +474,17 @@ def test_a_query_that_sees_nothing_of_its_first_blocks_sees_the_others(blocks: i
                 result.add(key[:, :, span], value[:, :, span], mask[own][:, span][None, None])
             part = wanted[:, :, own]
             assert float((result.result - part).norm() / part.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize("length", [5, 7])  # of a stream of seven tokens
+def test_what_lies_along_the_last_tokens_goes_with_them(length):
+    rows = torch.arange(length)[None, :, None]
+    found = []
+    for rank in range(3):
+        parts = Parts(3, rank)
+        parts.bring("sound", 7)
+        own = parts.take(Tokens("sound", last=True), rows)
+        start, stop = parts["sound"].held
+        assert own.shape[1] == min(stop - start, max(0, stop - (7 - length)))
+        found.append(own)
+    assert torch.equal(torch.cat(found, 1), rows)

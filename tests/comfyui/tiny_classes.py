@@ -16,7 +16,8 @@ from worker.models.comfyui.cases import CASES
 from worker.models.comfyui.draw import Case
 
 # Of no class's file, but of the checkpoint around it: only the checkpoint loader reads it.
-IN_CHECKPOINTS_ONLY = {"stable audio": "the stock UNETLoader lacks the file's conditioner and fails"}
+_CONDITIONER = "the stock UNETLoader lacks the file's conditioner and fails"
+IN_CHECKPOINTS_ONLY = dict.fromkeys(("stable audio", "stable audio inpaint", "stable audio 3"), _CONDITIONER)
 
 # What stands before every name in the published files of a class, and by what ComfyUI tells them.
 PREFIXES = {"PixDiT_T2I": "core."}

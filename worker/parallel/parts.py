@@ -214,6 +214,11 @@ class Parts:
         names = carrier.streams.split()
         if value.shape[dim] == 1 and (WHOLE in names or sum(self._of[n].length for n in names) != 1):
             return value
+        if carrier.last:
+            part = self._of[carrier.streams]
+            missing = part.length - value.shape[dim]
+            start, stop = (max(0, end - missing) for end in part.held)
+            return value.narrow(dim, start, stop - start)
         return self.cut(value, carrier.streams, dim)
 
     def _frames(self, carrier: Frames, value: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,8 @@ class Tokens:
             tokens only; the seam makes that mask of the whole again. It says which keys count (not 0),
             whatever its dtype; or it is `added` to the scores. One of all streams of an attention's keys, in
             their order, may be (B, 1, 1, tokens) too.
+        last: it lies along the last tokens of its one stream, as many as it has: a part of it along the last
+            ones of the part.
     """
 
     streams: str
@@ -37,6 +39,7 @@ class Tokens:
     ndim: int | None = None
     masks_keys: bool = False
     added: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,8 @@ def _hunyuan3d(d: Draw) -> Any:
     return (d(CHANNELS, 35), d.time(), d.prompt()), {}
 
 
-def _stable_audio(d: Draw) -> Any:
-    return (d(CHANNELS, 35), d.time(), d(PROMPT, 64)), {"global_embed": d(POOLED)}
+def _stable_audio(d: Draw, **more: Any) -> Any:
+    return (d(CHANNELS, 35), d.time(), d(PROMPT, 64)), {"global_embed": d(POOLED), **more}
 
 
 _FLUX, _WAN, _HUNYUAN = (
@@ -164,6 +164,8 @@ _PIXART, _DIT3D = ("pixart.pixartms", "PixArtMS"), ("hunyuan3dv2_1.hunyuandit", 
 _LTXV, _LTXAV = ("lightricks.model", "LTXVModel"), ("lightricks.av_model", "LTXAVModel")
 _COSMOS, _LUMINA = ("cosmos.predict2", "MiniTrainDIT"), ("lumina.model", "NextDiT")
 _QWEN = ("qwen_image.model", "QwenImageTransformer2DModel")
+
+_AUDIO = ("audio.dit", "AudioDiffusionTransformer")
 
 CASES: dict[str, Case] = {
     "flux": Case(*_FLUX, tiny.FLUX, _flux),
@@ -274,7 +276,13 @@ CASES: dict[str, Case] = {
     ),
     "hunyuan3d 2": Case("hunyuan3d.model", "Hunyuan3Dv2", tiny.HUNYUAN3D2, _hunyuan3d),
     "hunyuan3d 2.1": Case(*_DIT3D, tiny.HUNYUAN3D21, _hunyuan3d, batches=(2,)),
-    "stable audio": Case("audio.dit", "AudioDiffusionTransformer", tiny.STABLE_AUDIO, _stable_audio),
+    "stable audio": Case(*_AUDIO, tiny.STABLE_AUDIO, _stable_audio),
+    "stable audio inpaint": Case(
+        *_AUDIO,
+        tiny.STABLE_AUDIO | {"local_add_cond_dim": 5},
+        lambda d: _stable_audio(d, local_add_cond=d(5, 35)),
+    ),
+    "stable audio 3": Case(*_AUDIO, tiny.STABLE_AUDIO3, lambda d: _stable_audio(d, local_add_cond=d(5, 35))),
     **cases_image.CASES,
     **cases_video.CASES,
     **cases_other.CASES,

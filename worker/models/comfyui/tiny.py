@@ -137,3 +137,4 @@ STABLE_AUDIO: Size = {
     "io_channels": CHANNELS, "embed_dim": 64, "cond_token_dim": 64, "global_cond_dim": POOLED, "depth": 2,
     "num_heads": 2,
 }  # fmt: skip
+STABLE_AUDIO3: Size = STABLE_AUDIO | {"global_cond_type": "adaLN", "local_add_cond_dim": 5}

@@ -261,7 +261,7 @@ HUNYUAN3D21 = _one(
 )
 STABLE_AUDIO = _one(
     "transformer.layers", "x", "self_attn", "context global_cond mask context_mask",
-    {"rotary_pos_emb": Tokens("image", 0)},
+    {"rotary_pos_emb": Tokens("image", 0), "local_add_cond": Tokens("image", last=True)},
 )  # fmt: skip
 
 FLUX, RADIANCE = (
