@@ -18,7 +18,7 @@ from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui import class_ranks
 from tests.comfyui.families_table import ABSENT, FamiliesTable
 from tests.comfyui.inputs import layout, relative_l2
-from tests.comfyui.tiny_classes import IN_CHECKPOINTS_ONLY, write
+from tests.comfyui.tiny_classes import why_no_file, write
 from worker.models.comfyui.cases import CASES
 from worker.models.comfyui.draw import Draw
 from worker.models.plans.comfyui import REASONS
@@ -31,6 +31,7 @@ LAYOUTS = {
 }
 # Tokens through the loader node: some of each way a plan can be. All of them: class_ranks.py.
 THROUGH_THE_NODE = ("flux2", "hunyuan video", "ltxv", "qwen edit", "sd3.5 medium", "wan vace", "z-image")
+BY_FILE = ("1 rank, fp32", "1 rank, bf16", "CFG 2", "sharded 2")  # columns that need a file of the class
 SPREAD = 1e-5  # relative L2 of a call
 DEAF = 1e-4  # at least, once ranks leave out each other's keys
 MOST_WHOLE = 2  # classes of a version that Ulysses and Ring do not spread
@@ -85,10 +86,9 @@ def table(comfyui) -> Any:
     """Written as a page where the environment names one and every test here has run."""
     version = importlib.import_module("comfyui_version").__version__
     table = FamiliesTable(version)
-    for name, reason in IN_CHECKPOINTS_ONLY.items():
-        for column in ("1 rank, fp32", "1 rank, bf16", *LAYOUTS):
-            if column not in class_ranks.LAYOUTS:
-                table.record(name, column, reason)
+    for name in filter(why_no_file, CASES):
+        for column in BY_FILE:
+            table.record(name, column, why_no_file(name))
     yield table
     page = os.environ.get("XDIT_FAMILIES_PAGE")
     if page and table.is_whole(list(CASES)):

@@ -37,12 +37,17 @@ def module_of(case: Case) -> tuple[torch.nn.Module, dict[str, Any]]:
     return module, size | ({"parts": parts} if parts else {})
 
 
+def why_no_file(name: str) -> str:
+    """Why a case has no tiny file; "" if it has one."""
+    if CASES[name].build is not None:
+        return "its class takes no size, so that it has no tiny file"
+    return IN_CHECKPOINTS_ONLY.get(name, "")
+
+
 def write(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
     """Write the file of a case; its name for the loaders."""
-    if name in IN_CHECKPOINTS_ONLY:
-        pytest.skip(IN_CHECKPOINTS_ONLY[name])
-    if CASES[name].build is not None:
-        pytest.skip("its class takes no size, so that it has no tiny file")
+    if why := why_no_file(name):
+        pytest.skip(why)
     sys.path.append(str(SHIM))
     tiny_detection = importlib.import_module("tiny_detection")
     sys.path.remove(str(SHIM))
