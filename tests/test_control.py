@@ -8,7 +8,7 @@ import torch
 from benchmarks.layouts import LAYOUTS
 from benchmarks.parity import PER_CALL, multiplier
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import flatten, rebuild
+from comfy_xdit.protocol.plain import flatten, rebuild
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny

@@ -8,7 +8,7 @@ import torch
 
 from comfy_xdit.protocol.description import LatentSpace, ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import flatten, rebuild
+from comfy_xdit.protocol.plain import flatten, rebuild
 from tests.described import DESCRIBED
 
 VIDEO = LatentSpace(2, 3, patch=(1, 2, 2), scale=0.5, mean=(1.0, -2.0), std=(4.0, 0.25))

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.protocol.messages import Progress, flatten, rebuild
+from comfy_xdit.protocol.messages import Progress
+from comfy_xdit.protocol.plain import flatten, rebuild
 from comfy_xdit.protocol.shared_memory import ALIGNMENT, HEADER_BYTES, Segment, anonymous_file
 from comfy_xdit.protocol.signed import Sequence, Signer, Unsigned
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.messages import NO_PATCHES, Keep, Known, Patch, PatchSet, flatten
+from comfy_xdit.protocol.messages import NO_PATCHES, Keep, Known, Patch, PatchSet
+from comfy_xdit.protocol.plain import flatten
 from comfy_xdit.protocol.spec import LoraFile
 
 # A head of messages.py holds about 500 bytes per patch, and at most 4 MiB (rpc.HEAD_LIMIT).
