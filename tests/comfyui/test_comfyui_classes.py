@@ -101,6 +101,8 @@ def models(comfyui, run_node, file: str, degrees: dict[str, Any], dtype: str = "
     path = str(comfyui.models / "diffusion_models" / file)
     options = {"dtype": torch.bfloat16} if dtype == "bf16" else {}
     stock = comfy.sd.load_diffusion_model(path, model_options=options)
+    # 0.3.64 leaves ACE-Step in training, where dropout makes two equal calls differ by 3e-2.
+    stock.model.diffusion_model.eval()
     (ours,) = run_node(
         "XDiTLoadDiffusionModel", unet_name=file, weight_dtype=dtype, parallel=layout(**degrees)
     )

@@ -126,6 +126,8 @@ def _compared(case: Case, plan: Plan, groups: RankGroups, method: str) -> Kind:
 
 def _compared_in_patches(case: Case, plan: Plan, groups: RankGroups) -> Kind:
     """Raises FailedAlone."""
+    if case.forget:
+        return Kind(wrong="it keeps keys from call to call, and a patch would not know whose they are")
     found, why = _on_all(groups, lambda: difference_in_patches(case, plan, groups.device))
     if found is None:
         return Kind(wrong=why)
