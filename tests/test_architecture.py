@@ -80,9 +80,13 @@ def test_what_is_counted_apart_uses_no_room(side):
     assert {b for a, b in rooms.between(rooms.arrows(package)) if rooms.room(a) == vocabulary} == set()
 
 
+STARTS = {"worker.__main__", "worker.template"}
+
+
 def test_who_puts_the_rooms_of_the_ranks_together_is_used_by_none_of_them():
-    assert {a for a, b in rooms.arrows("worker") if b == "worker.engine"} == {"worker.__main__"}
+    assert {a for a, b in rooms.arrows("worker") if b == "worker.engine"} == STARTS
     assert {a for a, b in rooms.arrows("worker") if b == "worker.__main__"} == set()
+    assert {a for a, b in rooms.arrows("worker") if b == "worker.template"} == set()
 
 
 # Cannot be imported before the ComfyUI that the host runs is, so that no room's own file can.

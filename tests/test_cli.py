@@ -122,7 +122,7 @@ def test_ctrl_c_stops_the_ranks_at_a_step(long_run):
 
 @needs_demo
 def test_a_killed_rank_is_exit_code_1_and_named(long_run):
-    (rank,) = psutil.Process(long_run.pid).children()
+    (rank,) = (child for child in psutil.Process(long_run.pid).children() if child.name() == "xdit rank 0")
     rank.kill()
     _, errors = long_run.communicate(timeout=SECONDS)
     assert long_run.returncode == cli.FAILED

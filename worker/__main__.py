@@ -1,10 +1,12 @@
 """Start of a rank: read the invitation, join the others, serve until told to stop."""
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -24,6 +26,8 @@ def run(program: Callable[[Rank, Invitation], None]) -> None:
     # How the host learns where a rank hangs: it works whatever the interpreter does.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     invitation = Invitation.read(_line(sys.stdin.fileno()))
+    with contextlib.suppress(OSError):  # for ps and top, where there is a /proc
+        Path("/proc/self/comm").write_text(f"xdit rank {invitation.rank}")
     lifeline.follow(invitation.host_pid, sys.stdin.fileno())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     end = Rank(invitation)

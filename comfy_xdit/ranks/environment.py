@@ -31,6 +31,9 @@ PASSED_ON_PREFIXES = (
     "HF_HOME",
 )
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# What a rank that is forked is given then: it differs between ranks, or is read when it is needed.
+_PER_RANK = frozenset(("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
+_READ_BY_IMPORTS = "XDIT_LOGGING_LEVEL"
 
 
 def rank_environment(
@@ -71,6 +74,17 @@ def rank_environment(
         VISIBLE: _visible(devices[rank], host.get(VISIBLE)),
     }
     return environment
+
+
+def template_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of a rank's environment what the process it is forked from must have had from its start."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _PER_RANK
+        and (name == _READ_BY_IMPORTS or not name.startswith("XDIT_"))
+        and (name != VISIBLE or not value)
+    }
 
 
 def _visible(device: str, allowed: str | None) -> str:

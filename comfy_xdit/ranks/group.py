@@ -157,9 +157,9 @@ class WorkerGroup:
         degrees = {name: getattr(self.parallel, name) for name in (*DEGREES, "shard_weights")}
         self._bridge = Host(self.parallel.world_size, os.getpid(), degrees)
         try:
-            if self._closes != closes:  # before there was a bridge to say it to
-                raise WorkerDied(f"{CLOSED}. {NEXT}")
-            self._processes = RankProcesses(self._program, self.parallel.devices, self._bridge)
+            waiting = self._while_starting(interrupted, closes)
+            waiting()  # it may have been closed before there was a bridge to say it to
+            self._processes = RankProcesses(self._program, self.parallel.devices, self._bridge, waiting)
             self._deadlines.restart()
             talk = self._conversation(0, world, START, None)
             replies = talk.collect(None, _raising(interrupted))
@@ -172,6 +172,17 @@ class WorkerGroup:
         self.reports = [replies[rank].report for rank in world]
         self.start_seconds = time.monotonic() - began
         self.generation = next(_generations)
+
+    def _while_starting(self, interrupted: Callable[[], bool] | None, closes: int) -> Callable[[], None]:
+        """Raises what ends a start that no rank answers yet."""
+
+        def check() -> None:
+            if self._closes != closes:
+                raise WorkerDied(f"{CLOSED}. {NEXT}")
+            if interrupted is not None:
+                _raising(interrupted)()
+
+        return check
 
     def _end(self, kind: str = "", error: BaseException | None = None) -> None:
         """End the ranks, because of `error` in a call of this `kind`, if they died of one."""

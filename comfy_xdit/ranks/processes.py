@@ -10,12 +10,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import IO
 
 from comfy_xdit import ROOT
 from comfy_xdit.protocol.rpc import Event, Host, Reported
 from comfy_xdit.ranks.environment import rank_environment
+from comfy_xdit.ranks.template import Forked, fork
 
 KILL_SECONDS = 5.0
 STACK_SECONDS = 2.5  # for all ranks to write where they are
@@ -32,18 +33,22 @@ _NOISE = "Extension modules: "
 class RankProcesses:
     """One process per device, and its log: an anonymous file that goes with it.
 
+    Args:
+        program: the module that each runs.
+        waiting: called again and again until there are all; what it raises ends the start.
+
     Raises:
         OSError: a process or a file could not be made; those that were are ended.
     """
 
-    def __init__(self, program: str, devices: Sequence[str], bridge: Host):
+    def __init__(self, program: str, devices: Sequence[str], bridge: Host, waiting: Callable[[], None]):
         self.devices = tuple(devices)
         self._logs: list[IO[bytes]] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes] | Forked] = []
         try:
             for rank in range(len(devices)):
                 self._logs.append(tempfile.TemporaryFile())  # noqa: SIM115 - closed by kill
-                self._processes.append(self._spawn(program, rank, bridge))
+                self._processes.append(self._begin(program, rank, bridge, waiting))
         except BaseException:
             self.kill()
             raise
@@ -114,25 +119,36 @@ class RankProcesses:
             for rank, text in written.items()
         )
 
-    def _spawn(self, program: str, rank: int, bridge: Host) -> subprocess.Popen[bytes]:
-        invitation = bridge.invitation(rank)
-        process = subprocess.Popen(
-            [sys.executable, "-m", program],
-            cwd=ROOT,
-            env=rank_environment(rank, self.devices),
-            stdin=subprocess.PIPE,
-            stdout=self._logs[rank],
-            stderr=subprocess.STDOUT,
-            pass_fds=invitation.descriptors,
-            start_new_session=True,  # a Ctrl-C in the terminal is the host's to handle
-        )
+    def _begin(
+        self, program: str, rank: int, bridge: Host, waiting: Callable[[], None]
+    ) -> subprocess.Popen[bytes] | Forked:
+        invitation, log = bridge.invitation(rank), self._logs[rank]
+        environment = rank_environment(rank, self.devices)
+        process = fork(program, environment, log, invitation.descriptors, waiting)
+        if process is None:
+            process = _spawn(program, environment, log, invitation.descriptors)
         with contextlib.suppress(BrokenPipeError):  # it died already: the watcher reports it
             process.stdin.write(invitation.line())
             process.stdin.flush()
         return process
 
 
-def _watch(rank: int, process: subprocess.Popen[bytes], bridge: Host) -> None:
+def _spawn(
+    program: str, environment: dict[str, str], log: IO[bytes], descriptors: Sequence[int]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", program],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        pass_fds=descriptors,
+        start_new_session=True,  # a Ctrl-C in the terminal is the host's to handle
+    )
+
+
+def _watch(rank: int, process: subprocess.Popen[bytes] | Forked, bridge: Host) -> None:
     with Reported(bridge.inbox, f"thread that waits for rank {rank}"):
         bridge.inbox.put(Event(rank, exit_code=process.wait()))
 

@@ -79,7 +79,7 @@ class Server:
     def ranks(self) -> list[int]:
         """Process ids of the worker ranks it has started."""
         children = psutil.Process(self.process.pid).children()
-        return [child.pid for child in children if "worker" in child.cmdline()]
+        return [child.pid for child in children if child.name().startswith("xdit rank")]
 
     def get(self, path: str) -> bytes:
         """The body of a GET request; raises for anything but a success."""

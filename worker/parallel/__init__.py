@@ -32,6 +32,7 @@ from worker.parallel.seam import catching, choosing
 from worker.parallel.sharding import ShardedWeights
 from worker.parallel.stage import Stage
 from worker.parallel.tokens import SpreadTokens
+from worker.parallel.xfuser_compat import import_xfuser
 
 __all__ = [
     "Announcement",
@@ -65,6 +66,7 @@ __all__ = [
     "block_names",
     "catching",
     "choosing",
+    "import_xfuser",
     "ring_kernel",
     "scaled_dot_product_attention",
 ]
