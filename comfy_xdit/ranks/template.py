@@ -27,6 +27,7 @@ from comfy_xdit.ranks.environment import VISIBLE, template_environment
 FORK = "XDIT_FORK_RANKS"  # 1: also on GPUs. 0: never
 IMPORT_SECONDS = 180.0  # for all imports, on a busy machine; after that ranks start without it
 FORK_SECONDS = 20.0
+MOST_FAILURES = 2  # then this host starts ranks as it always can
 POLL_SECONDS = 0.05
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _REPLY_BYTES = 4096
@@ -164,7 +165,7 @@ class Template:
 _current: Template | None = None
 _lock = threading.Lock()
 _reaping = threading.Lock()
-_failed = False
+_failures = 0
 
 
 def fork(
@@ -178,7 +179,7 @@ def fork(
 
     Args: as of `Template.start`.
     """
-    global _failed
+    global _failures
     if not _may_fork(environment):
         return None
     template = _template(template_environment(environment))
@@ -186,7 +187,7 @@ def fork(
         return template.start(program, environment, log, descriptors, waiting)
     except NoTemplate:
         close_template()
-        _failed = True  # ranks start as they always can; the next host tries again
+        _failures += 1
         return None
 
 
@@ -205,7 +206,12 @@ atexit.register(close_template)
 def _may_fork(environment: Mapping[str, str]) -> bool:
     """On a GPU only where a person asks for it: it has not been run on one yet."""
     asked = os.environ.get(FORK, "")
-    if _failed or asked == "0" or sys.platform != "linux" or (environment[VISIBLE] and asked != "1"):
+    if (
+        _failures >= MOST_FAILURES
+        or asked == "0"
+        or sys.platform != "linux"
+        or (environment[VISIBLE] and asked != "1")
+    ):
         return False
     try:
         os.close(os.pidfd_open(os.getpid()))
