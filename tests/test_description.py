@@ -14,7 +14,9 @@ from tests.described import DESCRIBED
 VIDEO = LatentSpace(2, 3, patch=(1, 2, 2), scale=0.5, mean=(1.0, -2.0), std=(4.0, 0.25))
 
 
-@pytest.mark.parametrize("told", [DESCRIBED, replace(DESCRIBED, latent=VIDEO, sampling=None, prompt=())])
+@pytest.mark.parametrize(
+    "told", [DESCRIBED, replace(DESCRIBED, latent=VIDEO, sampling=None, prompt=(), around=("told",))]
+)
 def test_it_is_the_same_after_the_bridge_and_after_a_json_file(told):
     assert ModelDescription.of(json.loads(json.dumps(told.plain()))) == told
     flat = flatten(told.plain())
@@ -32,7 +34,7 @@ def test_it_is_the_same_after_the_bridge_and_after_a_json_file(told):
             "(Sampling) without nothing and with sigma",
         ),
         (lambda d: d | {"prompt": ["context"]}, "(PromptPart) without"),
-        (lambda d: None, "without blocks"),
+        (lambda d: None, "without around, blocks"),
     ],
 )
 def test_another_version_s_words_are_refused_by_name(change, words):

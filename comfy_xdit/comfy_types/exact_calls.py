@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,19 +19,20 @@ from comfy_xdit.remote import RemoteModel
 
 _NONE = object()
 OPTIONS = "transformer_options"
-# Methods of the transformer that ComfyUI calls around its forward, and that need weights.
-AROUND = ("preprocess_text_embeds",)
 # Methods with which a sampler begins to keep keys of earlier frames, which the class then writes into.
 KEEPING = ("init_kv_caches",)
 # Entries of an argument that are no plain data, and that the class makes anew where they are left out.
 REMADE = {"minimax_payload": "layout"}
 
 
-def answer_for(remote: RemoteModel, twin: Any) -> None:
+def answer_for(remote: RemoteModel, twin: Any, around: Iterable[str]) -> None:
     """Have the ranks do what the twin's transformer is asked for.
 
     The innermost method is replaced, so that ComfyUI's wrappers around it stay. The ranks call the same one
     (worker/transformer/comfyui.py).
+
+    Args:
+        around: methods that it is asked for besides its forward.
     """
     transformer = twin.diffusion_model
     of_class = type(transformer).__name__  # a closure on the twin would be a cycle, and it outlive its MODELs
@@ -64,7 +66,7 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
             out = remote.denoise(x, timestep, conditions, interrupted=interrupted, control=control)
         return _to(out, (x if isinstance(x, torch.Tensor) else x[0]).device)
 
-    def around(method: str) -> Any:
+    def asked(method: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             raise_if_interrupted()
             with interruptible():
@@ -81,9 +83,9 @@ def answer_for(remote: RemoteModel, twin: Any) -> None:
 
     # Instance attributes: nn.Module.__setattr__ would do the same, more slowly.
     object.__setattr__(transformer, name, forward)
-    for method in AROUND:
+    for method in around:
         if hasattr(transformer, method):
-            object.__setattr__(transformer, method, around(method))
+            object.__setattr__(transformer, method, asked(method))
     for method in KEEPING:
         if hasattr(transformer, method):
             object.__setattr__(transformer, method, keeping)

@@ -113,6 +113,7 @@ class ModelDescription:
         quantised: layers have formats of their own.
         planned: a class of ComfyUI's has a plan, so that it can be proven that its tokens are spread rightly.
         not_spread: why they are not, as far as is known when it is asked; "" is spread.
+        around: methods with weights that ComfyUI calls around the forward, of a class that has them.
     """
 
     family: str
@@ -136,6 +137,7 @@ class ModelDescription:
     quantised: bool = False
     planned: bool = False
     not_spread: str = ""
+    around: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, told: Any) -> ModelDescription:
@@ -153,6 +155,7 @@ class ModelDescription:
                 "sampling": None if sampling is None else _built(Sampling, sampling),
                 "prompt": tuple(_built(PromptPart, part) for part in given["prompt"]),
                 "streams": tuple(given["streams"]),
+                "around": tuple(given["around"]),
             }
         )
 

@@ -21,7 +21,7 @@ from worker.checkpoints import Checkpoint
 from worker.models import in_diffusers
 from worker.models.comfyui.building import blocks, build, check_names, fill, materialise, outline
 from worker.models.comfyui.detection import Detected, detect, named
-from worker.models.comfyui.layout import LARGEST_TIMESTEP, ROWS_TOGETHER, ComfyUILayout, without_others
+from worker.models.comfyui.layout import ComfyUILayout, without_others
 from worker.models.comfyui.weights import PatchedComfyUI, lora_files
 from worker.parallel import (
     Degrees,
@@ -33,15 +33,6 @@ from worker.patches import LoraFiles, PatchStore
 from worker.transformer.batch import OPTIONS, Batch
 from worker.transformer.controlnets import NetCall
 from worker.transformer.interface import Latents
-
-AROUND = ("preprocess_text_embeds",)
-# HiDream O1 keeps keys of its prompt from call to call, and what it saw in its pictures, whose tensor it
-# compares by identity.
-FORGET, PICTURES = "clear_kv_cache", "ref_pixel_values"
-HEADS = ("num_heads", "num_attention_heads", "n_heads")
-# Of most classes: a prompt's usual length, and multiplications per token and block in width squared.
-TEXT_TOKENS, PRODUCTS = 512, 12.0
-WIDTH = ("hidden_size", "dim", "inner_dim", "model_channels", "model_dim", "embed_dim", "hidden_dim")
 
 
 class ComfyUITransformer:
@@ -56,6 +47,7 @@ class ComfyUITransformer:
         self._pictures: torch.Tensor | None = None  # of the last call that had any
         self.stage: Stage | None = None  # once it is loaded
         self._layout = ComfyUILayout(self.name, spec, groups, degrees)
+        self._traits = self._layout.traits
         self._layout.check(self._detected.quantised)
         _ = self._own_outline  # no layout has more stages than it has blocks
 
@@ -124,14 +116,14 @@ class ComfyUITransformer:
             prompt=(),
             # Guidance that is distilled into a model leaves nothing to spread over two prompts.
             guided=not unet.get("guidance_embed", False),
-            rows_apart=self.name not in ROWS_TOGETHER,
-            heads=next((unet[name] for name in HEADS if isinstance(unet.get(name), int)), None),
-            width=next((unet[name] for name in WIDTH if isinstance(unet.get(name), int)), None),
+            rows_apart=self._layout.rows_apart,
+            heads=_first(unet, self._traits.heads),
+            width=_first(unet, self._traits.width),
             blocks=len(blocks(module)),
             dual=0,
             streams=self._layout.streams,
-            text_tokens=TEXT_TOKENS,
-            products=PRODUCTS,
+            text_tokens=self._traits.text_tokens,
+            products=self._traits.products,
             parameters=sum(math.prod(t.shape) for t in detected.tensors.values()),
             stored=_name(self._checkpoint.common_dtype()),
             dtype=_name(detected.dtype),
@@ -139,6 +131,7 @@ class ComfyUITransformer:
             quantised=detected.quantised,
             planned=self._layout.planned,
             not_spread=self._layout.why_not_spread(),
+            around=self._traits.around,
         ).plain()
 
     def _detect(self) -> Detected:
@@ -191,8 +184,8 @@ class ComfyUITransformer:
 
     def _forget(self) -> None:
         """Drop what the class keeps of earlier calls, with other weights or pictures."""
-        if hasattr(self.module, FORGET):
-            getattr(self.module, FORGET)()
+        if self._traits.forget:
+            getattr(self.module, self._traits.forget)()
 
     def _agree_on_dtypes(self) -> None:
         """ComfyUI chooses dtypes by what a device can: on different devices that may be different ones."""
@@ -249,7 +242,7 @@ class ComfyUITransformer:
         The rows are spread over the branches. One without any computes the first, which costs no time: it
         has the shape of what the others send, and takes part in what they share.
         """
-        shard = self._groups.rows(len(batch)) if self._rows_apart(batch) else None
+        shard = self._groups.rows(len(batch)) if self._traits.rows_apart(batch.timestep) else None
         if shard is None:
             return self._call(batch)
         own = shard.span(self._groups.branch)
@@ -262,16 +255,6 @@ class ComfyUITransformer:
         return (
             gathered(outputs) if isinstance(outputs, torch.Tensor) else [gathered(part) for part in outputs]
         )
-
-    def _rows_apart(self, batch: Batch) -> bool:
-        """Whether each row of a call is what it is alone."""
-        if self.name in LARGEST_TIMESTEP:
-            given = batch.timestep
-            times = [given] if isinstance(given, torch.Tensor) else given
-            times = [time for time in times if time is not None]  # of sound there may be none
-            largest = [time.flatten(1).amax(1) if time.ndim > 1 else time for time in times]
-            return all(bool((row == row[0]).all()) for row in largest)
-        return self.name not in ROWS_TOGETHER
 
     def predict_plain(self, batch: Batch) -> torch.Tensor:
         """The output for latents and conditions that no BaseModel has cast yet: of a loop in the ranks.
@@ -295,16 +278,18 @@ class ComfyUITransformer:
 
     def preprocess(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a method returns that ComfyUI calls around the forward."""
-        if method not in AROUND:
+        known = self._traits.around
+        if method not in known:
             raise InvalidInput(
-                f"{method} of {self.name} is not called in the ranks; they know {', '.join(AROUND)}."
+                f"{method} of {self.name} is not called in the ranks; they know {', '.join(known)}."
             )
         return getattr(self.module, method)(*args, **kwargs)
 
     def _call(self, batch: Batch) -> Latents:
         given = dict(batch.conditions)
-        if PICTURES in given and hasattr(self.module, FORGET):
-            given[PICTURES] = self._known_pictures(given[PICTURES])
+        pictures = self._traits.pictures
+        if pictures in given:
+            given[pictures] = self._known_pictures(given[pictures])
         parameters = inspect.signature(self.module.forward).parameters
         if batch.control is not None or "control" in parameters:
             spread = self._spread
@@ -318,6 +303,11 @@ class ComfyUITransformer:
             self._forget()
             self._pictures = pictures
         return self._pictures
+
+
+def _first(config: dict[str, Any], names: Sequence[str]) -> int | None:
+    """The first of these that a configuration says."""
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 def _name(dtype: torch.dtype) -> str:

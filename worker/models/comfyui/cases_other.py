@@ -167,7 +167,6 @@ _HIDREAM_O1 = ("hidream_o1.model", "HiDreamO1Transformer")
 _MUSIC = ("minimax_music.dit", "MiniMaxMusic3DiT", {"width": 64, "depth": 2})
 _TRELLIS = ("trellis2.model", "Trellis2")
 _PID = ("pixeldit.pid", "PidNet")
-FORGET = "clear_kv_cache"
 PICTURE = (19, 27)  # 35 patches of 4, the last ones not whole
 
 CASES: dict[str, Case] = {
@@ -177,8 +176,8 @@ CASES: dict[str, Case] = {
     "ace step 1.5 codes": Case(
         *_ACE15, ACE15, lambda d: _ace15(d, audio_codes=torch.arange(12).repeat(d.batch, 1))
     ),
-    "hidream o1": Case(*_HIDREAM_O1, HIDREAM_O1, _hidream_o1, forget=FORGET),
-    "hidream o1 edit": Case(*_HIDREAM_O1, HIDREAM_O1, lambda d: _hidream_o1(d, (100, 80)), forget=FORGET),
+    "hidream o1": Case(*_HIDREAM_O1, HIDREAM_O1, _hidream_o1),
+    "hidream o1 edit": Case(*_HIDREAM_O1, HIDREAM_O1, lambda d: _hidream_o1(d, (100, 80))),
     "trellis structure": Case(*_TRELLIS, TRELLIS, _trellis, batches=(2,)),
     **{
         f"trellis {mode}": Case(*_TRELLIS, TRELLIS, partial(_trellis, mode=mode))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from worker.models.comfyui.tiny import TEXT, Size
+from worker.models.plans.traits import traits_of
 
 PROMPT = 11  # tokens
 STILL, VIDEO = (10, 14), (3, 10, 14)  # 35 and 105 tokens in patches of 2
@@ -60,7 +61,6 @@ class Case:
         batches: rows that the class itself takes.
         build: makes the tiny model of the class (and size, device, dtype, operations) whose constructor takes
             no size.
-        forget: the method by which it forgets what it keeps from call to call; it is called twice then.
         causal: tokens attend to earlier ones only, so that no patch sees keys that are not renewed.
     """
 
@@ -70,16 +70,15 @@ class Case:
     call: Call
     parts: Mapping[str, Size] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 2, 3)
-    forget: str = ""
     causal: bool = False
     build: Callable[..., Any] | None = None
 
     def outputs(self, model: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """What a model gives in a call, and in the same one again if it keeps something."""
-        if self.forget:
-            getattr(model, self.forget)()
+        if forget := traits_of(self.name).forget:
+            getattr(model, forget)()
         found: list[torch.Tensor] = []
-        for _ in range(2 if self.forget else 1):
+        for _ in range(2 if forget else 1):
             out = model(*args, **kwargs)
             found += [out] if isinstance(out, torch.Tensor) else list(out)
         return found

@@ -12,15 +12,8 @@ from comfy_xdit.protocol.spec import ModelSpec
 from worker.models.comfyui.building import blocks
 from worker.models.comfyui.proof import proven_plan
 from worker.models.comfyui.spreading import Spread, candidates, catch_attention, planned_classes
+from worker.models.plans.traits import Rows, traits_of
 from worker.parallel import Degrees, Mesh, Plan, PlanMismatch, RankGroups, Stage, ring_kernel
-
-# Classes in which a row of the batch is not what it is alone: they pair the rows of both prompts, or have
-# the first one hear the voices of all (AceStepConditionGenerationModel), or look up which rows are of which
-# prompt (Trellis2).
-ROWS_TOGETHER = frozenset({"HunYuanDiTPlain", "NaDiT", "AceStepConditionGenerationModel", "Trellis2"})
-# Classes that take the largest timestep of all rows (LTX-2 from 0.33 on, for what video and sound hear of
-# each other): where rows have noise masks of their own, they are not what they are alone.
-LARGEST_TIMESTEP = frozenset({"LTXAVModel"})
 
 
 class ComfyUILayout:
@@ -33,6 +26,7 @@ class ComfyUILayout:
     def __init__(self, name: str, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
         self._name, self._spec, self._groups, self._degrees = name, spec, groups, degrees
         self._file = Path(spec.path).name
+        self.traits = traits_of(name)
         self.plan: Plan | None = None  # where it is proven, and the layout needs one
 
     @property
@@ -44,6 +38,11 @@ class ComfyUILayout:
     def streams(self) -> tuple[str, ...]:
         """Those of its plan, where it has one."""
         return candidates(self._name)[0].streams if self.planned else ()
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether calls can be spread by rows."""
+        return self.traits.rows is not Rows.TOGETHER
 
     @property
     def _methods(self) -> dict[str, str]:
@@ -61,7 +60,7 @@ class ComfyUILayout:
         It is all that one rank can find out by itself.
         """
         degrees = self._degrees
-        if degrees.stages > 1 and (degrees.sharded or self._name in ROWS_TOGETHER):
+        if degrees.stages > 1 and (degrees.sharded or not self.rows_apart):
             why = "shard_weights" if degrees.sharded else "a class whose rows depend on each other"
             raise InvalidInput(
                 f"pipefusion_degree {degrees.stages} does not go with {why}, and {self._file} runs in "

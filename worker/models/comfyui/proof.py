@@ -23,6 +23,7 @@ from worker.models.comfyui.draw import Case, Draw
 from worker.models.comfyui.spreading import Spread, candidates
 from worker.models.comfyui.staged import difference_in_patches
 from worker.models.comfyui.tiny_models import given, tiny_model
+from worker.models.plans.traits import traits_of
 from worker.parallel import Lockstep, OutOfStep, Plan, PlanMismatch, RankGroups
 
 SAME, OTHER = 1e-5, 1e-4  # relative L2: at most, and at least once ranks are deaf
@@ -126,7 +127,7 @@ def _compared(case: Case, plan: Plan, groups: RankGroups, method: str) -> Kind:
 
 def _compared_in_patches(case: Case, plan: Plan, groups: RankGroups) -> Kind:
     """Raises FailedAlone."""
-    if case.forget:
+    if traits_of(case.name).forget:
         return Kind(wrong="it keeps keys from call to call, and a patch would not know whose they are")
     found, why = _on_all(groups, lambda: difference_in_patches(case, plan, groups.device))
     if found is None:
