@@ -23,8 +23,7 @@ import torch.distributed as dist
 from comfy_xdit.protocol.spec import HostComfyUI
 from tests.comfyui.families_table import ABSENT
 from tests.plan_ranks import WORLD, error, meshes
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Case, Draw
+from worker.models.comfyui.cases import CASES, Case, Draw
 from worker.models.comfyui.installation import import_comfyui
 from worker.parallel.mesh import Mesh
 from worker.parallel.plan import Plan, PlanMismatch
@@ -117,7 +116,7 @@ def compared(
 
 def measure(names: list[str], rank: int) -> dict[str, Numbers]:
     """Of every case on the meshes of this rank; each pair has every second one."""
-    from worker.models.comfyui.tiny_models import tiny_model
+    from worker.models.comfyui.cases.models import tiny_model
 
     found: dict[str, Numbers] = {}
     every = meshes(rank)

@@ -19,8 +19,7 @@ from tests.comfyui import class_ranks
 from tests.comfyui.families_table import ABSENT, FamiliesTable
 from tests.comfyui.inputs import layout, relative_l2
 from tests.comfyui.tiny_classes import why_no_file, write
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Draw
+from worker.models.comfyui.cases import CASES, Draw
 from worker.models.plans.comfyui import REASONS
 
 LAYOUTS = {

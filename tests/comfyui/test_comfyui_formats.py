@@ -13,8 +13,7 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.environment import rank_threads
 from tests.comfyui.inputs import layout, relative_l2
 from tests.comfyui.tiny_classes import write
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Draw
+from worker.models.comfyui.cases import CASES, Draw
 
 NAME = "wan t2v"
 FP8 = torch.float8_e4m3fn

@@ -19,8 +19,7 @@ from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui.inputs import layout, relative_l2
 from tests.comfyui.tiny_classes import module_of, write
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Draw
+from worker.models.comfyui.cases import CASES, Draw
 
 SIGMAS, CFG, ALL = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), 2.5, 99
 EXACT, DRIFT = 1e-6, 0.1

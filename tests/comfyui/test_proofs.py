@@ -21,8 +21,7 @@ from comfy_xdit.protocol.spec import HostComfyUI, ModelSpec
 from comfy_xdit.ranks.registry import running_groups, worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui.tiny_classes import write
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Draw
+from worker.models.comfyui.cases import CASES, Draw
 
 TWO = ParallelConfig(ulysses_degree=2, devices=("cpu", "cpu"))
 # In a copy: tokens that see each other between blocks, behind every name a plan knows; and a second rank that

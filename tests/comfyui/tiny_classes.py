@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfyui.inputs import SHIM
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Case
+from worker.models.comfyui.cases import CASES, Case
 
 # Of no class's file, but of the checkpoint around it: only the checkpoint loader reads it.
 _CONDITIONER = "the stock UNETLoader lacks the file's conditioner and fails"
@@ -27,7 +26,7 @@ SAID = {"NextDiTPixelSpace": {"image_model": "zimage_pixel"}}
 
 def module_of(case: Case) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The class with random weights, every one of them, and its size. Skips where this ComfyUI has none."""
-    from worker.models.comfyui.tiny_models import tiny_model
+    from worker.models.comfyui.cases.models import tiny_model
 
     try:
         module, size = tiny_model(case, torch.device("cpu"))

@@ -18,11 +18,10 @@ from torch import nn
 from comfy_xdit.protocol import proofs
 from comfy_xdit.protocol.proofs import Kind, Proof
 from comfy_xdit.protocol.spec import HostComfyUI
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Case, Draw
+from worker.models.comfyui.cases import CASES, Case, Draw
+from worker.models.comfyui.cases.models import given, tiny_model
 from worker.models.comfyui.spreading import Spread, candidates
 from worker.models.comfyui.staged import difference_in_patches
-from worker.models.comfyui.tiny_models import given, tiny_model
 from worker.models.plans.traits import traits_of
 from worker.parallel import Lockstep, OutOfStep, Plan, PlanMismatch, RankGroups
 

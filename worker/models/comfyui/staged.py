@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.models.comfyui.draw import Case, Draw
+from worker.models.comfyui.cases import Case, Draw
+from worker.models.comfyui.cases.models import given, outputs, tiny_model
 from worker.models.comfyui.spreading import catch_attention
-from worker.models.comfyui.tiny_models import given, outputs, tiny_model
 from worker.parallel import Mesh, Patches, Plan, Stage
 
 STAGES = 2

@@ -1,4 +1,4 @@
-"""Calls of tiny models, of every kind that a graph makes of them: with references, masks, ControlNets, sound.
+"""Calls of tiny models, of classes that ComfyUI 0.8.0 has.
 
 Latents have odd numbers of tokens, and prompts too.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from worker.models.comfyui import cases_image, cases_other, cases_video, tiny
-from worker.models.comfyui.draw import (
+from worker.models.comfyui.cases import sizes
+from worker.models.comfyui.cases.draw import (
     FLOW,
     PROMPT,
     SMALL,
@@ -22,7 +22,7 @@ from worker.models.comfyui.draw import (
     Case,
     Draw,
 )
-from worker.models.comfyui.tiny import CHANNELS, POOLED, TEXT
+from worker.models.comfyui.cases.sizes import CHANNELS, POOLED, TEXT
 
 
 def _flux(d: Draw, **more: Any) -> Any:
@@ -168,122 +168,119 @@ _QWEN = ("qwen_image.model", "QwenImageTransformer2DModel")
 _AUDIO = ("audio.dit", "AudioDiffusionTransformer")
 
 CASES: dict[str, Case] = {
-    "flux": Case(*_FLUX, tiny.FLUX, _flux),
-    "flux control": Case(*_FLUX, tiny.FLUX, lambda d: _flux(d, control=d.residuals(2, 2))),
-    "flux mask, kontext": Case(*_FLUX, tiny.FLUX, _flux_kontext, causal=True),
-    "flux2": Case(*_FLUX, tiny.FLUX2, _flux2),
-    "chroma": Case("chroma.model", "Chroma", tiny.CHROMA, _chroma),
+    "flux": Case(*_FLUX, sizes.FLUX, _flux),
+    "flux control": Case(*_FLUX, sizes.FLUX, lambda d: _flux(d, control=d.residuals(2, 2))),
+    "flux mask, kontext": Case(*_FLUX, sizes.FLUX, _flux_kontext, causal=True),
+    "flux2": Case(*_FLUX, sizes.FLUX2, _flux2),
+    "chroma": Case("chroma.model", "Chroma", sizes.CHROMA, _chroma),
     "chroma radiance": Case(
-        "chroma_radiance.model", "ChromaRadiance", tiny.RADIANCE, partial(_chroma, channels=3)
+        "chroma_radiance.model", "ChromaRadiance", sizes.RADIANCE, partial(_chroma, channels=3)
     ),
-    "sd3": Case(*_MMDIT, tiny.SD3, lambda d: _sd3(d, control=d.residuals(0, 3, 35, 128))),
-    "sd3.5 medium": Case(*_MMDIT, tiny.SD35, _sd3),
-    "auraflow": Case("aura.mmdit", "MMDiT", tiny.AURA, partial(_image, width=tiny.AURA_TEXT, channels=4)),
-    "pixart": Case(*_PIXART, tiny.PIXART, lambda d: ((d(4, 34, 38), d.time(THOUSANDS), d.prompt()), {})),
+    "sd3": Case(*_MMDIT, sizes.SD3, lambda d: _sd3(d, control=d.residuals(0, 3, 35, 128))),
+    "sd3.5 medium": Case(*_MMDIT, sizes.SD35, _sd3),
+    "auraflow": Case("aura.mmdit", "MMDiT", sizes.AURA, partial(_image, width=sizes.AURA_TEXT, channels=4)),
+    "pixart": Case(*_PIXART, sizes.PIXART, lambda d: ((d(4, 34, 38), d.time(THOUSANDS), d.prompt()), {})),
     "pixart micro": Case(
         *_PIXART,
-        tiny.PIXART | {"micro_condition": True},
+        sizes.PIXART | {"micro_condition": True},
         lambda d: ((d(4, 34, 38), d.time(THOUSANDS), d.prompt()), {}),
     ),
-    "hunyuan dit": Case("hydit.models", "HunYuanDiT", tiny.HUNYUAN_DIT, _hunyuan_dit),
-    "mochi": Case("genmo.joint_model.asymm_models_joint", "AsymmDiTJoint", tiny.MOCHI, _mochi),
-    "ltxv": Case(*_LTXV, tiny.LTXV, _ltxv),
-    "ltxv timesteps": Case(*_LTXV, tiny.LTXV, partial(_ltxv, per_token=True)),
-    "ltxav": Case(*_LTXAV, tiny.LTXAV, _ltxav),
-    "ltxav timesteps": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav, per_token=True)),
-    "ltxav rows": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav, per_token=True, shared=False), batches=(2,)),
-    "hunyuan video": Case(*_HUNYUAN, tiny.HUNYUAN_VIDEO, _hunyuan_video_masked),
+    "hunyuan dit": Case("hydit.models", "HunYuanDiT", sizes.HUNYUAN_DIT, _hunyuan_dit),
+    "mochi": Case("genmo.joint_model.asymm_models_joint", "AsymmDiTJoint", sizes.MOCHI, _mochi),
+    "ltxv": Case(*_LTXV, sizes.LTXV, _ltxv),
+    "ltxv timesteps": Case(*_LTXV, sizes.LTXV, partial(_ltxv, per_token=True)),
+    "ltxav": Case(*_LTXAV, sizes.LTXAV, _ltxav),
+    "ltxav timesteps": Case(*_LTXAV, sizes.LTXAV, partial(_ltxav, per_token=True)),
+    "ltxav rows": Case(*_LTXAV, sizes.LTXAV, partial(_ltxav, per_token=True, shared=False), batches=(2,)),
+    "hunyuan video": Case(*_HUNYUAN, sizes.HUNYUAN_VIDEO, _hunyuan_video_masked),
     "hunyuan video i2v": Case(
         *_HUNYUAN,
-        tiny.HUNYUAN_VIDEO,
+        sizes.HUNYUAN_VIDEO,
         lambda d: _hunyuan_video(d, guiding_frame_index=d.time(0.0)),
         batches=(1,),
     ),
     "hunyuan video ref": Case(
         *_HUNYUAN,
-        tiny.HUNYUAN_VIDEO,
+        sizes.HUNYUAN_VIDEO,
         lambda d: _hunyuan_video(d, ref_latent=d(CHANNELS, 1, *STILL)),
         batches=(1,),
     ),
-    "hunyuan video 1.5": Case(*_HUNYUAN, tiny.HUNYUAN_VIDEO_15, _hunyuan_video_15),
-    "hunyuan image 2.1": Case(*_HUNYUAN, tiny.HUNYUAN_IMAGE, _hunyuan_image),
-    "hunyuan image distilled": Case(*_HUNYUAN, tiny.HUNYUAN_IMAGE | {"meanflow": True}, _hunyuan_image),
-    "cosmos": Case("cosmos.model", "GeneralDIT", tiny.COSMOS1, _video),
-    "cosmos predict2": Case(*_COSMOS, tiny.COSMOS2, _video),
-    "cosmos predict2 frames": Case(*_COSMOS, tiny.COSMOS2, _frames),
-    "lumina 2": Case(*_LUMINA, tiny.LUMINA, _lumina),
-    "z-image": Case(*_LUMINA, tiny.Z_IMAGE, _lumina),
-    "wan t2v": Case(*_WAN, tiny.WAN, _wan),
+    "hunyuan video 1.5": Case(*_HUNYUAN, sizes.HUNYUAN_VIDEO_15, _hunyuan_video_15),
+    "hunyuan image 2.1": Case(*_HUNYUAN, sizes.HUNYUAN_IMAGE, _hunyuan_image),
+    "hunyuan image distilled": Case(*_HUNYUAN, sizes.HUNYUAN_IMAGE | {"meanflow": True}, _hunyuan_image),
+    "cosmos": Case("cosmos.model", "GeneralDIT", sizes.COSMOS1, _video),
+    "cosmos predict2": Case(*_COSMOS, sizes.COSMOS2, _video),
+    "cosmos predict2 frames": Case(*_COSMOS, sizes.COSMOS2, _frames),
+    "lumina 2": Case(*_LUMINA, sizes.LUMINA, _lumina),
+    "z-image": Case(*_LUMINA, sizes.Z_IMAGE, _lumina),
+    "wan t2v": Case(*_WAN, sizes.WAN, _wan),
     "wan i2v": Case(
         *_WAN,
-        tiny.WAN | {"model_type": "i2v", "in_dim": 36},
+        sizes.WAN | {"model_type": "i2v", "in_dim": 36},
         lambda d: _wan(d, 36, clip_fea=d(257, 1280)),
     ),
-    "wan 2.2 ti2v": Case(*_WAN, tiny.WAN, _wan_frames),
+    "wan 2.2 ti2v": Case(*_WAN, sizes.WAN, _wan_frames),
     "wan ref_conv": Case(
         *_WAN,
-        tiny.WAN | {"in_dim_ref_conv": CHANNELS},
+        sizes.WAN | {"in_dim_ref_conv": CHANNELS},
         lambda d: _wan(d, reference_latent=d(CHANNELS, *STILL)),
     ),
     "wan vace": Case(
         "wan.model",
         "VaceWanModel",
-        tiny.WAN | {"num_layers": 4, "vace_layers": 2, "vace_in_dim": 32},
+        sizes.WAN | {"num_layers": 4, "vace_layers": 2, "vace_in_dim": 32},
         lambda d: _wan(d, vace_context=d(2, 32, *VIDEO), vace_strength=[1.0, 0.5]),
     ),
     "wan camera": Case(
         "wan.model",
         "CameraWanModel",
-        tiny.WAN | {"in_dim": 32},
+        sizes.WAN | {"in_dim": 32},
         lambda d: _wan(d, 32, camera_conditions=d(24, 3, 80, 112)),
     ),
     "wan s2v": Case(
-        "wan.model", "WanModel_S2V", tiny.WAN_AUDIO, lambda d: _wan_s2v(d, control_video=d(CHANNELS, *VIDEO))
+        "wan.model", "WanModel_S2V", sizes.WAN_AUDIO, lambda d: _wan_s2v(d, control_video=d(CHANNELS, *VIDEO))
     ),
     "wan s2v motion": Case(
         "wan.model",
         "WanModel_S2V",
-        tiny.WAN_AUDIO,
+        sizes.WAN_AUDIO,
         lambda d: _wan_s2v(d, reference_motion=d(CHANNELS, 19, *STILL)),
     ),
     "wan humo": Case(
         "wan.model",
         "HumoWanModel",
-        tiny.WAN,
+        sizes.WAN,
         lambda d: _wan(d, audio_embed=d(3, 8, 5, 1280), reference_latent=d(CHANNELS, 1, *STILL)),
     ),
     "wan animate": Case(
-        "wan.model_animate", "AnimateWanModel", tiny.WAN | {"num_layers": 5, "in_dim": 36}, _wan_animate
+        "wan.model_animate", "AnimateWanModel", sizes.WAN | {"num_layers": 5, "in_dim": 36}, _wan_animate
     ),
-    "qwen image": Case(*_QWEN, tiny.QWEN, lambda d: _qwen(d, control=d.residuals(2, 0))),
+    "qwen image": Case(*_QWEN, sizes.QWEN, lambda d: _qwen(d, control=d.residuals(2, 0))),
     "qwen edit": Case(
         *_QWEN,
-        tiny.QWEN,
+        sizes.QWEN,
         lambda d: _qwen(d, ref_latents=[d(CHANNELS, 1, 6, 10)], attention_mask=torch.ones(d.batch, PROMPT)),
     ),
     "qwen edit 2511": Case(
         *_QWEN,
-        tiny.QWEN,
+        sizes.QWEN,
         lambda d: _qwen(d, ref_latents=[d(CHANNELS, 1, 6, 10)], ref_latents_method="index_timestep_zero"),
     ),
-    "hidream": Case("hidream.model", "HiDreamImageTransformer2DModel", tiny.HIDREAM, _hidream),
-    "omnigen2": Case("omnigen.omnigen2", "OmniGen2Transformer2DModel", tiny.OMNIGEN2, _omnigen2),
+    "hidream": Case("hidream.model", "HiDreamImageTransformer2DModel", sizes.HIDREAM, _hidream),
+    "omnigen2": Case("omnigen.omnigen2", "OmniGen2Transformer2DModel", sizes.OMNIGEN2, _omnigen2),
     "kandinsky5 video": Case(
-        "kandinsky5.model", "Kandinsky5", tiny.KANDINSKY5, partial(_kandinsky5, size=VIDEO)
+        "kandinsky5.model", "Kandinsky5", sizes.KANDINSKY5, partial(_kandinsky5, size=VIDEO)
     ),
     "kandinsky5 image": Case(
-        "kandinsky5.model", "Kandinsky5", tiny.KANDINSKY5, partial(_kandinsky5, size=STILL)
+        "kandinsky5.model", "Kandinsky5", sizes.KANDINSKY5, partial(_kandinsky5, size=STILL)
     ),
-    "hunyuan3d 2": Case("hunyuan3d.model", "Hunyuan3Dv2", tiny.HUNYUAN3D2, _hunyuan3d),
-    "hunyuan3d 2.1": Case(*_DIT3D, tiny.HUNYUAN3D21, _hunyuan3d, batches=(2,)),
-    "stable audio": Case(*_AUDIO, tiny.STABLE_AUDIO, _stable_audio),
+    "hunyuan3d 2": Case("hunyuan3d.model", "Hunyuan3Dv2", sizes.HUNYUAN3D2, _hunyuan3d),
+    "hunyuan3d 2.1": Case(*_DIT3D, sizes.HUNYUAN3D21, _hunyuan3d, batches=(2,)),
+    "stable audio": Case(*_AUDIO, sizes.STABLE_AUDIO, _stable_audio),
     "stable audio inpaint": Case(
         *_AUDIO,
-        tiny.STABLE_AUDIO | {"local_add_cond_dim": 5},
+        sizes.STABLE_AUDIO | {"local_add_cond_dim": 5},
         lambda d: _stable_audio(d, local_add_cond=d(5, 35)),
     ),
-    "stable audio 3": Case(*_AUDIO, tiny.STABLE_AUDIO3, lambda d: _stable_audio(d, local_add_cond=d(5, 35))),
-    **cases_image.CASES,
-    **cases_video.CASES,
-    **cases_other.CASES,
+    "stable audio 3": Case(*_AUDIO, sizes.STABLE_AUDIO3, lambda d: _stable_audio(d, local_add_cond=d(5, 35))),
 }

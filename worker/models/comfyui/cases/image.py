@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from worker.models.comfyui import tiny
-from worker.models.comfyui.draw import PROMPT, SMALL, STILL, THOUSANDS, Case, Draw
-from worker.models.comfyui.tiny import CHANNELS, TEXT, Size
+from worker.models.comfyui.cases import sizes
+from worker.models.comfyui.cases.draw import PROMPT, SMALL, STILL, THOUSANDS, Case, Draw
+from worker.models.comfyui.cases.sizes import CHANNELS, TEXT, Size
 
 LATENTS = 128  # channels of a FLUX.2 latent
 LAYERS = 3  # of the text encoder, of which a prompt's tokens hold the outputs
@@ -103,8 +103,8 @@ _ADAPTED = {"LLMAdapter": ADAPTER}
 
 CASES: dict[str, Case] = {
     "ernie image": Case("ernie.model", "ErnieImageModel", ERNIE, _ernie),
-    "anima": Case(*_ANIMA, tiny.COSMOS2, _anima, parts=_ADAPTED),
-    "anima ids": Case(*_ANIMA, tiny.COSMOS2, _anima_ids, parts=_ADAPTED),
+    "anima": Case(*_ANIMA, sizes.COSMOS2, _anima, parts=_ADAPTED),
+    "anima ids": Case(*_ANIMA, sizes.COSMOS2, _anima_ids, parts=_ADAPTED),
     "krea2": Case(*_KREA2, KREA2, partial(_krea2, size=(9, 13))),
     "krea2 edit": Case(*_KREA2, KREA2, partial(_krea2_edit, method="index")),
     "krea2 edit zero": Case(*_KREA2, KREA2, partial(_krea2_edit, method="index_timestep_zero")),

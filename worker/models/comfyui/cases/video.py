@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from worker.models.comfyui import tiny
-from worker.models.comfyui.draw import FLOW, SMALL_VIDEO, STILL, THOUSANDS, VIDEO, Case, Draw
-from worker.models.comfyui.tiny import CHANNELS, TEXT, WAN, Size
+from worker.models.comfyui.cases import sizes
+from worker.models.comfyui.cases.draw import FLOW, SMALL_VIDEO, STILL, THOUSANDS, VIDEO, Case, Draw
+from worker.models.comfyui.cases.sizes import CHANNELS, TEXT, WAN, Size
 
 HALF = (3, 5, 7)  # a pose at half the size, which the class pads to 36 tokens
 MUSIC = (3, 8, 12)  # eight sounds for each of its frames: they share a frame's tokens
 CLIP = (257, 1280)
 
-LTX23: Size = tiny.LTXAV | {
+LTX23: Size = sizes.LTXAV | {
     "cross_attention_adaln": True, "apply_gated_attention": True, "caption_proj_before_connector": True,
     "caption_channels": 48,  # an older class, which knows no such model, reads as many
     "connector_attention_head_dim": 32, "audio_connector_attention_head_dim": 16,
@@ -189,13 +189,13 @@ _ANIMATE2, _SEEDVR2 = ("wan.model_animate2", "WanAnimate2Model"), ("seedvr.model
 _WANDANCER, _MINIMAX = ("wan.model_wandancer", "WanDancerModel"), ("minimax.model", "MiniMaxH3Model")
 
 CASES: dict[str, Case] = {
-    "ltxav frames": Case(*_LTXAV, tiny.LTXAV, _ltxav_masked),
-    "ltxv guide strength": Case(*_LTXV, tiny.LTXV, _ltxv_guide),
-    "ltxav inpaint": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav_masked, inpaint=True)),
-    "ltxav guide": Case(*_LTXAV, tiny.LTXAV, _ltxav_guide),
-    "ltxav guide strength": Case(*_LTXAV, tiny.LTXAV, partial(_ltxav_guide, strength=0.5)),
-    "ltxav voice": Case(*_LTXAV, tiny.LTXAV, lambda d: _ltxav(d, ref_audio={"tokens": d(5, 128)[:1]})),
-    "ltxav silent": Case(*_LTXAV, tiny.LTXAV, _ltxav_silent),
+    "ltxav frames": Case(*_LTXAV, sizes.LTXAV, _ltxav_masked),
+    "ltxv guide strength": Case(*_LTXV, sizes.LTXV, _ltxv_guide),
+    "ltxav inpaint": Case(*_LTXAV, sizes.LTXAV, partial(_ltxav_masked, inpaint=True)),
+    "ltxav guide": Case(*_LTXAV, sizes.LTXAV, _ltxav_guide),
+    "ltxav guide strength": Case(*_LTXAV, sizes.LTXAV, partial(_ltxav_guide, strength=0.5)),
+    "ltxav voice": Case(*_LTXAV, sizes.LTXAV, lambda d: _ltxav(d, ref_audio={"tokens": d(5, 128)[:1]})),
+    "ltxav silent": Case(*_LTXAV, sizes.LTXAV, _ltxav_silent),
     "ltx 2.3": Case(*_LTXAV, LTX23, partial(_ltxav, width=96)),
     "scail": Case(*_SCAIL, SCAIL, _scail),
     "scail 2": Case(*_SCAIL2, SCAIL2, partial(_scail2, ref_mask_flag=True)),

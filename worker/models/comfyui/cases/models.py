@@ -15,8 +15,8 @@ import comfy.ops
 import torch
 from torch import nn
 
-from worker.models.comfyui.draw import Case, Draw
-from worker.models.comfyui.tiny import Size
+from worker.models.comfyui.cases.draw import Case, Draw
+from worker.models.comfyui.cases.sizes import Size
 
 
 def tiny_model(case: Case, device: torch.device) -> tuple[nn.Module, Size]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.models.comfyui.draw import PROMPT, SMALL, THOUSANDS, Case, Draw
-from worker.models.comfyui.tiny import CHANNELS, TEXT, Z_IMAGE, Size
+from worker.models.comfyui.cases.draw import PROMPT, SMALL, THOUSANDS, Case, Draw
+from worker.models.comfyui.cases.sizes import CHANNELS, TEXT, Z_IMAGE, Size
 
 ACE: Size = {
     "in_channels": 8, "out_channels": 8, "num_layers": 2, "inner_dim": 64, "attention_head_dim": 32,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from worker.models.comfyui.tiny import TEXT, Size
+from worker.models.comfyui.cases.sizes import TEXT, Size
 from worker.models.plans.traits import traits_of
 
 PROMPT = 11  # tokens
