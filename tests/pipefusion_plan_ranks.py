@@ -19,10 +19,10 @@ import torch.distributed as dist
 from tests.plan_cases import CASES, Case, run
 from tests.stale_keys import StaleKeys, euler, token_of_element
 from worker.models.plans.diffusers import PLANS
-from worker.parallel.kept_keys import Patches
+from worker.parallel.attention.kept_keys import Patches
 from worker.parallel.mesh import Mesh
+from worker.parallel.pipefusion.stage import Stage
 from worker.parallel.pipeline import Pipeline
-from worker.parallel.stage import Stage
 
 WORLD, STEPS, CFG = 4, 4, 2.5
 SIGMAS = torch.tensor([1.0, 0.8, 0.55, 0.25, 0.0])

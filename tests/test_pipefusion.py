@@ -31,9 +31,9 @@ from tests.pipefusion_runs import (
 from tests.test_adapters import delta
 from worker.models.flux.family import Flux
 from worker.models.sd3.family import SD3
-from worker.parallel.cuts import block_names, divide
 from worker.parallel.mesh import Mesh
-from worker.parallel.stage import Stage
+from worker.parallel.pipefusion.cuts import block_names, divide
+from worker.parallel.pipefusion.stage import Stage
 
 TWO = ParallelConfig(pipefusion_degree=2)
 LAYOUTS = {

@@ -14,11 +14,11 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.environment import ROOT
 from tests.pipefusion_plan_ranks import NAMES, RUNS, STAGED, WORLD
 from worker.models.plans.diffusers import PLANS
-from worker.parallel.cuts import Cuts, region_of_patches
-from worker.parallel.kept_keys import KeptOrder, Patches
+from worker.parallel.pipefusion.cuts import Cuts, region_of_patches
+from worker.parallel.attention.kept_keys import KeptOrder, Patches
 from worker.parallel.mesh import Mesh
 from worker.parallel.plan import Attend, Blocks, Plan, PlanMismatch, Region, Tokens
-from worker.parallel.stage import Stage
+from worker.parallel.pipefusion.stage import Stage
 
 WHOLE, STALE = 1e-6, 1e-5
 DRIFT = 1e-3  # what stale keys make of random models, at least

@@ -21,7 +21,7 @@ from tests import tiny
 from tests.test_adapters import KEYS, expected, patches
 from worker.checkpoints import Checkpoint, Part, Source
 from worker.models.sd3.family import SD3
-from worker.parallel.cuts import block_names
+from worker.parallel.pipefusion.cuts import block_names
 from worker.parallel.sharding import ShardedWeights
 
 MODELS = ("sd3", "sd3.5-medium", "flux")

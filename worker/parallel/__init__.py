@@ -3,13 +3,15 @@
 What other rooms use of it is here.
 """
 
-from worker.parallel.attention import WithLogSumExp, scaled_dot_product_attention
-from worker.parallel.cuts import block_names
+from worker.parallel.attention.blockwise import WithLogSumExp, scaled_dot_product_attention
+from worker.parallel.attention.kept_keys import Patches
+from worker.parallel.attention.seam import catching, choosing
 from worker.parallel.groups import Announcement, Degrees, RankGroups, ring_kernel
-from worker.parallel.kept_keys import Patches
 from worker.parallel.lockstep import Lockstep, OutOfStep
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Shard
+from worker.parallel.pipefusion.cuts import block_names
+from worker.parallel.pipefusion.stage import Stage
 from worker.parallel.plan import (
     Attend,
     Blocks,
@@ -28,9 +30,7 @@ from worker.parallel.plan import (
     Tokens,
     Voxels,
 )
-from worker.parallel.seam import catching, choosing
 from worker.parallel.sharding import ShardedWeights
-from worker.parallel.stage import Stage
 from worker.parallel.tokens import SpreadTokens
 from worker.parallel.xfuser_compat import import_xfuser
 

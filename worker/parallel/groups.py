@@ -16,7 +16,7 @@ from torch import nn
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.rpc import Rank
 from worker.parallel import xfuser_compat
-from worker.parallel.attention import WithLogSumExp
+from worker.parallel.attention.blockwise import WithLogSumExp
 from worker.parallel.mesh import Mesh, gather_parts
 from worker.parallel.parts import Shard
 from worker.parallel.pipeline import Pipeline

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.parallel import hooks, seam
-from worker.parallel.attention import WithLogSumExp
-from worker.parallel.exchange import Exchange, FirstProductSummed
+from worker.parallel import hooks
+from worker.parallel.attention import seam
+from worker.parallel.attention.blockwise import WithLogSumExp
+from worker.parallel.attention.exchange import Exchange, FirstProductSummed
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts
 from worker.parallel.plan import Attend, Blocks, Carrier, Grid, Plan, PlanMismatch, Region, Tokens, Voxels

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from worker.parallel.attention import WithLogSumExp
-from worker.parallel.kept_keys import Kept, KeptKeys
+from worker.parallel.attention.blockwise import WithLogSumExp
+from worker.parallel.attention.kept_keys import Kept, KeptKeys
+from worker.parallel.attention.usp import USP, Order
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Part, Parts, Shard
 from worker.parallel.plan import WHOLE, Attend, PlanMismatch
-from worker.parallel.usp import USP, Order
 
 
 class Exchange:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from worker.parallel.head import Output
+from worker.parallel.pipefusion.head import Output
 from worker.parallel.pipeline import Pipeline
 from worker.parallel.plan import PlanMismatch
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from worker.parallel.attention import Blockwise, WithLogSumExp
+from worker.parallel.attention.blockwise import Blockwise, WithLogSumExp
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Part, Shard
 

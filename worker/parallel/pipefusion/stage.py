@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
-from worker.parallel.attention import WithLogSumExp
-from worker.parallel.cuts import Cuts, region_of_patches
-from worker.parallel.head import Elsewhere, Head, Output, Passing
-from worker.parallel.kept_keys import KeptKeys, Patches
+from worker.parallel.attention.blockwise import WithLogSumExp
+from worker.parallel.attention.kept_keys import KeptKeys, Patches
 from worker.parallel.mesh import Mesh
+from worker.parallel.pipefusion.cuts import Cuts, region_of_patches
+from worker.parallel.pipefusion.head import Elsewhere, Head, Output, Passing
+from worker.parallel.pipefusion.travel import Travel
 from worker.parallel.pipeline import Pipeline
 from worker.parallel.plan import Plan, PlanMismatch
 from worker.parallel.tokens import SpreadTokens
-from worker.parallel.travel import Travel
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-# Before anything stands in its place (worker/parallel/seam.py).
+# Before anything stands in its place (seam.py).
 scaled_dot_product_attention = F.scaled_dot_product_attention
 # (query, key, value) of (B, heads, n, width) to the attention and the log-sum-exp (B, heads, n).
 WithLogSumExp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.parallel.kept_keys import Patches, Span
+from worker.parallel.attention.kept_keys import Patches, Span
 from worker.parallel.parts import Parts
 from worker.parallel.plan import Blocks, PlanMismatch, Region
 from worker.parallel.tokens import Arguments

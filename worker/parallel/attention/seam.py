@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from worker.parallel.attention import scaled_dot_product_attention
+from worker.parallel.attention.blockwise import scaled_dot_product_attention
 from worker.parallel.plan import PlanMismatch
 
 
