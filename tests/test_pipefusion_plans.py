@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.ranks.environment import ROOT
 from tests.pipefusion_plan_ranks import NAMES, RUNS, STAGED, WORLD
+from tests.rank_programs import found_by_ranks
 from worker.models.plans.diffusers import PLANS
-from worker.parallel.pipefusion.cuts import Cuts, region_of_patches
 from worker.parallel.attention.kept_keys import KeptOrder, Patches
 from worker.parallel.mesh import Mesh
-from worker.parallel.plan import Attend, Blocks, Plan, PlanMismatch, Region, Tokens
+from worker.parallel.pipefusion.cuts import Cuts, region_of_patches
 from worker.parallel.pipefusion.stage import Stage
+from worker.parallel.plan import Attend, Blocks, Plan, PlanMismatch, Region, Tokens
 
 WHOLE, STALE = 1e-6, 1e-5
 DRIFT = 1e-3  # what stale keys make of random models, at least
@@ -27,25 +22,9 @@ SECONDS = 900
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+def measured() -> dict[str, dict[str, list[float]]]:
     """By case and layout, by run, relative L2 from what it should be and from whole calls: four processes."""
-    file = tmp_path_factory.mktemp("stages") / "store"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.pipefusion_plan_ranks", str(rank), str(file)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * WORLD, "\n".join(out[1][-1500:] for out in outputs)
-    return json.loads(outputs[0][0])
+    return found_by_ranks("tests.pipefusion_plan_ranks", WORLD, SECONDS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from comfy_xdit.ranks.environment import ROOT
 from tests.plan_cases import CASES
 from tests.plan_ranks import WORLD
+from tests.rank_programs import found_by_ranks
 
 # Exchanged or not, the sums are the same ones; a ring adds up its blocks in another order: a few 1e-7.
 EXACT = 1e-6
@@ -21,25 +16,9 @@ SECONDS = 500
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def measured() -> dict[str, list[float]]:
     """[relative L2, deaf, collectives, bytes] by case and layout, from four processes."""
-    file = tmp_path_factory.mktemp("plans") / "store"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.plan_ranks", str(rank), str(file)],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0] * WORLD, outputs[0][1][-3000:]
-    return json.loads(outputs[0][0])
+    return found_by_ranks("tests.plan_ranks", WORLD, SECONDS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

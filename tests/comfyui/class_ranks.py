@@ -11,10 +11,7 @@ import argparse
 import importlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +20,12 @@ import torch.distributed as dist
 from comfy_xdit.protocol.spec import HostComfyUI
 from tests.comfyui.families_table import ABSENT
 from tests.plan_ranks import WORLD, error, meshes
+from tests.rank_programs import found_by_ranks
 from worker.models.comfyui.cases import CASES, Case, Draw
 from worker.models.comfyui.installation import import_comfyui
 from worker.parallel.mesh import Mesh
 from worker.parallel.plan import Plan, PlanMismatch
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LAYOUTS = ("ulysses 2", "ring 2", "ulysses 2 x ring 2")
 EXACT = 1e-5  # relative L2
@@ -41,26 +38,8 @@ Numbers = dict[str, float | str]
 
 def measured(names: list[str] | None = None) -> dict[str, Numbers]:
     """Numbers of every case, or of some, from ranks that it starts and ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-W", "ignore", "-m", __spec__.name if __spec__ else __name__]
-        which = ["--cases", *names] if names else []
-        ranks = [
-            subprocess.Popen(
-                [*command, "--rank", str(rank), "--meeting", f"{folder}/store", *which],
-                cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(WORLD)
-        ]  # fmt: skip
-        try:
-            outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    said = "\n".join(output[1][-1500:] for output in outputs)
-    assert [rank.returncode for rank in ranks] == [0] * WORLD, said
-    return json.loads(outputs[0][0].splitlines()[-1])
+    which = ["--cases", *names] if names else []
+    return found_by_ranks("tests.comfyui.class_ranks", WORLD, SECONDS, *which)
 
 
 def call(model: Any, case: Case, batch: int, spread: Any = None) -> list[torch.Tensor]:
@@ -141,8 +120,8 @@ def main() -> None:
     """A rank, or what starts them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--meeting")
+    parser.add_argument("rank", type=int, nargs="?")
+    parser.add_argument("file", nargs="?", help="that all ranks meet at")
     arguments = parser.parse_args()
     if arguments.rank is None:
         print(json.dumps(measured(arguments.cases), indent=1))
@@ -151,9 +130,8 @@ def main() -> None:
     sys.path.append(os.path.realpath(os.environ["COMFYUI_DIR"]))
     version = importlib.import_module("comfyui_version").__version__
     import_comfyui(HostComfyUI(sys.path[-1], version), CPU)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{arguments.meeting}", rank=arguments.rank, world_size=WORLD
-    )
+    meeting = f"file://{arguments.file}"
+    dist.init_process_group("gloo", init_method=meeting, rank=arguments.rank, world_size=WORLD)
     with torch.inference_mode():
         found = measure(arguments.cases, arguments.rank)
     every: list[Any] = [None] * WORLD
