@@ -84,6 +84,24 @@ def random_latent(batch: int = 1, height: int = 16, width: int = 16) -> torch.Te
     return torch.randn(batch, 16, height, width, generator=torch.Generator().manual_seed(3))
 
 
+def one_step(run_node: Any, model: Any) -> torch.Tensor:
+    """What KSampler makes of nothing in a step, with random prompts."""
+    (latent,) = run_node(
+        "KSampler",
+        model=model,
+        seed=1,
+        steps=1,
+        cfg=3.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+        positive=random_conditioning(model, 1),
+        negative=random_conditioning(model, 2),
+        latent_image=empty_latent(1, 8, 8),
+    )
+    return latent["samples"]
+
+
 def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """|actual - expected| / |expected|."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

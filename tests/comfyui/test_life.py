@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.environment import ROOT
-from tests.comfyui.inputs import DEMO, empty_latent, layout, random_conditioning
+from tests.comfyui.inputs import DEMO, layout, one_step
 from tests.comfyui.server import Client, Run, Server
 
 SAMPLER, LOADER, STATUS = "3", "4", "90"
@@ -36,23 +36,6 @@ def model(run_node, tiny_sd3) -> Any:
     ]
 
 
-def _sample(run_node, model) -> Any:
-    (latent,) = run_node(
-        "KSampler",
-        model=model,
-        seed=1,
-        steps=1,
-        cfg=3.0,
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=1.0,
-        positive=random_conditioning(model, 1),
-        negative=random_conditioning(model, 2),
-        latent_image=empty_latent(1, 8, 8),
-    )
-    return latent["samples"]
-
-
 def _ranks(model: Any) -> list[dict[str, Any]]:
     from comfy_xdit.comfy_types.model import remote_of
     from comfy_xdit.protocol.messages import Status
@@ -65,13 +48,13 @@ def _ranks(model: Any) -> list[dict[str, Any]]:
 def test_unloading_all_models_releases_the_ranks_and_the_next_run_loads_again(run_node, model):
     import comfy.model_management
 
-    before = _sample(run_node, model)
+    before = one_step(run_node, model)
     assert all(rank["bytes"] > 0 and rank["tensors"] > 0 for rank in _ranks(model))
 
     comfy.model_management.unload_all_models()
 
     assert all(rank["bytes"] == rank["tensors"] == rank["patches"] == 0 for rank in _ranks(model))
-    assert (_sample(run_node, model) == before).all()
+    assert (one_step(run_node, model) == before).all()
 
 
 def test_a_file_replaced_while_its_model_is_cached_is_refused_until_the_loader_runs(
@@ -84,7 +67,7 @@ def test_a_file_replaced_while_its_model_is_cached_is_refused_until_the_loader_r
     inputs = {"unet_name": file.name, "weight_dtype": "default", "parallel": layout(2)}
     node = comfyui.mappings["XDiTLoadDiffusionModel"]
     (cached,), stamp = run_node("XDiTLoadDiffusionModel", **inputs), node.IS_CHANGED(**inputs)
-    before = _sample(run_node, cached)
+    before = one_step(run_node, cached)
     assert node.IS_CHANGED(**inputs) == stamp  # what ComfyUI asks before it takes an output from its cache
 
     save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file)
@@ -94,11 +77,11 @@ def test_a_file_replaced_while_its_model_is_cached_is_refused_until_the_loader_r
     with pytest.raises(
         InvalidInput, match=r"replaced\.safetensors was changed after the node .* run the work"
     ):
-        _sample(run_node, cached)
+        one_step(run_node, cached)
     with pytest.raises(InvalidInput, match=r"replaced\.safetensors was changed after the node"):
         cached.model.diffusion_model.x_embedder.state_dict()  # lent to ControlNets
     (again,) = run_node("XDiTLoadDiffusionModel", **inputs)
-    assert not (_sample(run_node, again) == before).all()
+    assert not (one_step(run_node, again) == before).all()
 
 
 def test_the_loaders_of_pipelines_and_vaes_notice_other_files(comfyui):
@@ -123,11 +106,11 @@ def test_the_loaders_of_pipelines_and_vaes_notice_other_files(comfyui):
 def test_making_room_for_others_is_an_idle_hint_only(run_node, model):
     import comfy.model_management
 
-    _sample(run_node, model)
+    one_step(run_node, model)
     loads = [rank["loads"] for rank in _ranks(model)]
     comfy.model_management.free_memory(1e30, model.load_device)
     assert model.loaded_size() == 0
-    _sample(run_node, model)
+    one_step(run_node, model)
     assert [rank["loads"] for rank in _ranks(model)] == loads
 
 
@@ -135,13 +118,13 @@ def test_two_models_in_one_graph_do_not_reload_each_other(run_node, model, tiny_
     (other,) = run_node("XDiTLoadDiffusionModel", unet_name=tiny_sd3, weight_dtype="bf16", parallel=layout(2))
     loads = [rank["loads"] for rank in _ranks(model)]
     for _ in range(3):
-        _sample(run_node, model)
-        _sample(run_node, other)
+        one_step(run_node, model)
+        one_step(run_node, other)
     assert [rank["loads"] for rank in _ranks(model)] == loads
 
 
 def test_the_status_says_what_runs(run_node, model):
-    _sample(run_node, model)
+    one_step(run_node, model)
     text = run_node("XDiTStatus", after=model)["result"][0]
     assert "2 ranks, ulysses_degree 2" in text
     assert "rank 1 (pid" in text and "tiny_sd3.safetensors (transformer, " in text

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
-from tests.comfyui.inputs import empty_latent, layout, random_conditioning, random_latent
+from tests.comfyui.inputs import layout, one_step, random_latent
 from tests.comfyui.tiny_classes import write
 
 
@@ -21,51 +21,32 @@ def model(run_node, tiny_sd3):
     return model.clone()
 
 
-def _sample(run_node, model, **settings) -> None:
-    settings = {
-        "positive": random_conditioning(model, 1),
-        "negative": random_conditioning(model, 2),
-    } | settings
-    run_node(
-        "KSampler",
-        model=model,
-        seed=1,
-        steps=1,
-        cfg=3.0,
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=1.0,
-        latent_image=empty_latent(1, 8, 8),
-        **settings,
-    )
-
-
 def test_patch_inside_the_transformer_is_refused(run_node, model):
     model.set_model_attn2_patch(lambda *args: args)
 
     with pytest.raises(InvalidInput, match=r"transformer_options 'patches'.*attn2_patch"):
-        _sample(run_node, model)
+        one_step(run_node, model)
 
 
 def test_unknown_transformer_option_is_refused(run_node, model):
     model.model_options["transformer_options"]["minimax_h3_sigma_shift"] = {"scale_x": 2.0}
 
     with pytest.raises(InvalidInput, match="minimax_h3_sigma_shift"):
-        _sample(run_node, model)
+        one_step(run_node, model)
 
 
 def test_an_option_that_the_family_does_not_take_is_refused_by_the_ranks(run_node, model):
     model.model_options["transformer_options"]["rope_options"] = {"scale_x": 2.0}
 
     with pytest.raises(InvalidInput, match="carries rope_options, which sd3 in the ranks does not take"):
-        _sample(run_node, model)
+        one_step(run_node, model)
 
 
 def test_replaced_module_inside_the_transformer_is_refused(run_node, model):
     model.add_object_patch("diffusion_model.final_layer", torch.nn.Identity())
 
     with pytest.raises(InvalidInput, match=r"diffusion_model\.final_layer"):
-        _sample(run_node, model)
+        one_step(run_node, model)
 
 
 def test_control_of_another_kind_is_refused(run_node, model):
@@ -109,8 +90,8 @@ def test_a_node_that_acts_inside_the_transformer_is_refused(run_node, model, nam
     (changed, *_) = run_node(name, model=model, **inputs)
 
     with pytest.raises(InvalidInput, match=words):
-        _sample(run_node, changed)
-    _sample(run_node, model)  # nothing is lost
+        one_step(run_node, changed)
+    one_step(run_node, model)  # nothing is lost
 
 
 def test_forward_injections_are_refused(run_node, model):
