@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from comfy_xdit.comfy_types.installation import host_comfyui
-from comfy_xdit.comfy_types.twin import detect, read_header
+from comfy_xdit.comfy_types.model.twin import detect, read_header
 from comfy_xdit.protocol.spec import ModelSpec
 
 # Environment: "comfyui" has every single file in ComfyUI's own class.

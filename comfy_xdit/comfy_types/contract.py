@@ -204,7 +204,7 @@ def signatures() -> list[str]:
 
 def weights_are_left_alone() -> list[str]:
     """No method of the stock patcher moves, pins or creates weights of the twin."""
-    from comfy_xdit.comfy_types.patcher import RemotePatcher
+    from comfy_xdit.comfy_types.model.patcher import RemotePatcher
 
     stock = owners()["ModelPatcher"]
     return [
@@ -240,7 +240,7 @@ def host_options() -> list[str]:
     import comfy.ldm.flux.model
     import comfy.ldm.modules.diffusionmodules.mmdit
 
-    from comfy_xdit.comfy_types.options import HOST_OPTIONS
+    from comfy_xdit.comfy_types.model.options import HOST_OPTIONS
 
     found = []
     for module in (comfy.ldm.flux.model, comfy.ldm.modules.diffusionmodules.mmdit):
@@ -303,7 +303,7 @@ def adapters() -> list[str]:
     import comfy.utils
     import comfy.weight_adapter
 
-    from comfy_xdit.comfy_types.patches import ADAPTERS
+    from comfy_xdit.comfy_types.model.patches import ADAPTERS
 
     names = {adapter.name for adapter in comfy.weight_adapter.adapters}
     more, fewer = sorted(names - ADAPTERS.keys()), sorted(ADAPTERS.keys() - names)

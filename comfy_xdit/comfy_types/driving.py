@@ -8,7 +8,7 @@ import latent_preview
 import torch
 
 from comfy_xdit.comfy_types.latents import fitting
-from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.model.patcher import RemotePatcher
 from comfy_xdit.nodes.surroundings import SamplerInputs
 
 

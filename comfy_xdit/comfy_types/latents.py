@@ -8,7 +8,7 @@ from typing import Any
 import comfy.sample
 import torch
 
-from comfy_xdit.comfy_types.patcher import RemotePatcher
+from comfy_xdit.comfy_types.model.patcher import RemotePatcher
 from comfy_xdit.nodes.surroundings import RATIOS
 
 

@@ -18,13 +18,13 @@ import latent_preview
 import torch
 from comfy.model_base import BaseModel
 
-from comfy_xdit.comfy_types.controlnet import nets_of_run, runs_in_ranks
-from comfy_xdit.comfy_types.exact_calls import OPTIONS
 from comfy_xdit.comfy_types.latents import fitting
-from comfy_xdit.comfy_types.model import pictures_of, remote_of
-from comfy_xdit.comfy_types.options import plain_options, rank_options
-from comfy_xdit.comfy_types.patcher import COMPUTE_DTYPE, RemotePatcher
-from comfy_xdit.comfy_types.rope import with_references
+from comfy_xdit.comfy_types.model.controlnet import nets_of_run, runs_in_ranks
+from comfy_xdit.comfy_types.model.exact_calls import OPTIONS
+from comfy_xdit.comfy_types.model.handles import pictures_of, remote_of
+from comfy_xdit.comfy_types.model.options import plain_options, rank_options
+from comfy_xdit.comfy_types.model.patcher import COMPUTE_DTYPE, RemotePatcher
+from comfy_xdit.comfy_types.model.rope import with_references
 from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.description import LatentSpace
 from comfy_xdit.protocol.errors import NotInTheLoop

@@ -6,14 +6,13 @@ from comfy_xdit.comfy_types import (
     beginning,
     choice,
     clip,
-    controlnet,
     driving,
     files,
     interruption,
-    model,
     sampling,
     vae,
 )
+from comfy_xdit.comfy_types.model import controlnet, handles
 
 
 class ComfyUI:
@@ -26,14 +25,14 @@ class ComfyUI:
     path = staticmethod(files.path)
 
     spec_of = staticmethod(choice.spec_of)
-    model_of = staticmethod(model.model_of)
+    model_of = staticmethod(handles.model_of)
     clip_of = staticmethod(clip.clip_of)
     vae_of = staticmethod(vae.vae_of)
     controlnet_of = staticmethod(controlnet.RemoteControl)
-    remote_of = staticmethod(model.remote_of)
+    remote_of = staticmethod(handles.remote_of)
     remote_controlnet_of = staticmethod(controlnet.remote_controlnet_of)
-    with_lora = staticmethod(model.with_lora)
-    with_picture = staticmethod(model.with_picture)
+    with_lora = staticmethod(handles.with_lora)
+    with_picture = staticmethod(handles.with_picture)
     with_controlnet = staticmethod(controlnet.with_controlnet)
     decode_latent = staticmethod(vae.decode_latent)
 

@@ -11,8 +11,8 @@ import comfy.sd
 import torch
 
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible
-from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
-from comfy_xdit.comfy_types.twin import META
+from comfy_xdit.comfy_types.model.patcher import HANDLE, RemotePatcher
+from comfy_xdit.comfy_types.model.twin import META
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteVAE as Handle
 

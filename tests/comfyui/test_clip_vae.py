@@ -46,7 +46,7 @@ def test_prompt_weights_reach_the_encoders(run_node, pipeline):
 
 
 def test_clone_keeps_the_encoders(run_node, pipeline):
-    from comfy_xdit.comfy_types.model import remote_of
+    from comfy_xdit.comfy_types.model.handles import remote_of
 
     clone = pipeline.clip.clone()
 

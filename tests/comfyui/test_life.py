@@ -37,7 +37,7 @@ def model(run_node, tiny_sd3) -> Any:
 
 
 def _ranks(model: Any) -> list[dict[str, Any]]:
-    from comfy_xdit.comfy_types.model import remote_of
+    from comfy_xdit.comfy_types.model.handles import remote_of
     from comfy_xdit.protocol.messages import Status
     from comfy_xdit.ranks.registry import worker_group
 

@@ -201,7 +201,7 @@ def _compare(entries: list[tuple[Any, ...]], shape: tuple[int, ...]) -> float:
     """Relative L2 of the change in the ranks to that of ComfyUI."""
     import comfy.lora
 
-    from comfy_xdit.comfy_types.patches import describe
+    from comfy_xdit.comfy_types.model.patches import describe
     from worker.patches.adapters import patched
     from worker.patches.weights import PatchStore
 

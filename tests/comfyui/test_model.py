@@ -145,7 +145,7 @@ def test_guider_without_negative_prompt(models):
 
 @pytest.mark.parametrize("weight_dtype", ["bf16", "fp16"])
 def test_lower_precision_in_the_ranks(run_node, models, degrees, weight_dtype):
-    from comfy_xdit.comfy_types.model import remote_of
+    from comfy_xdit.comfy_types.model.handles import remote_of
 
     lower = SimpleNamespace(**vars(models))
     (lower.ours,) = run_node(
@@ -175,7 +175,7 @@ def test_unloading_costs_nothing_but_the_mark(run_node, models):
 
 
 def test_clone_is_a_remote_model_too(models):
-    from comfy_xdit.comfy_types.model import remote_of
+    from comfy_xdit.comfy_types.model.handles import remote_of
 
     clone = models.ours.clone()
 

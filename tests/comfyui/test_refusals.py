@@ -50,7 +50,7 @@ def test_replaced_module_inside_the_transformer_is_refused(run_node, model):
 
 
 def test_control_of_another_kind_is_refused(run_node, model):
-    from comfy_xdit.comfy_types.model import _arguments  # the call a ControlNet ends in
+    from comfy_xdit.comfy_types.model.handles import _arguments  # the call a ControlNet ends in
 
     signature = inspect.signature(lambda x, timesteps, context=None, control=None: None)
     with pytest.raises(InvalidInput, match="'middle'"):
@@ -122,7 +122,7 @@ def test_model_save_is_refused(run_node, model):
 
 
 def test_several_latents_at_once_are_refused():
-    from comfy_xdit.comfy_types.model import _arguments  # the call of a family of picture and sound
+    from comfy_xdit.comfy_types.model.handles import _arguments  # the call of a family of picture and sound
 
     signature = inspect.signature(lambda x, timesteps, context=None: None)
     with pytest.raises(InvalidInput, match="2 latents at once"):
@@ -130,7 +130,7 @@ def test_several_latents_at_once_are_refused():
 
 
 def test_a_control_that_saw_padded_prompts_is_refused():
-    from comfy_xdit.comfy_types.model import _arguments
+    from comfy_xdit.comfy_types.model.handles import _arguments
     from comfy_xdit.protocol.messages import LENGTHS
 
     signature = inspect.signature(lambda x, timesteps, context=None, control=None, **kwargs: None)
@@ -140,7 +140,7 @@ def test_a_control_that_saw_padded_prompts_is_refused():
 
 
 def test_what_is_no_model_is_refused():
-    from comfy_xdit.comfy_types.model import remote_of
+    from comfy_xdit.comfy_types.model.handles import remote_of
 
     with pytest.raises(InvalidInput, match="str is neither a MODEL, a CLIP nor a VAE"):
         remote_of("model")
@@ -163,8 +163,8 @@ def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
 
 
 def test_files_that_are_no_models_are_refused(comfyui, tmp_path):
-    from comfy_xdit.comfy_types.residuals import _stored
-    from comfy_xdit.comfy_types.twin import read_header, transformer_files
+    from comfy_xdit.comfy_types.model.residuals import _stored
+    from comfy_xdit.comfy_types.model.twin import read_header, transformer_files
 
     with pytest.raises(InvalidInput, match=r"no \.safetensors file in .*choose a diffusers folder"):
         transformer_files(tmp_path)

@@ -74,7 +74,7 @@ def flux_file(comfyui, tmp_path_factory) -> Path:
 
 def test_flux_twin(flux_file):
     from comfy_xdit.comfy_types.contract import twin
-    from comfy_xdit.comfy_types.model import model_of
+    from comfy_xdit.comfy_types.model.handles import model_of
 
     model = model_of(_remote(flux_file))
 
@@ -89,7 +89,7 @@ def test_twin_keeps_its_layers_where_comfyui_makes_them_lazily(flux_file, monkey
     """As ComfyUI with dynamic VRAM does: a stock Linear has no weight until it is loaded."""
     import comfy.ops
 
-    from comfy_xdit.comfy_types.model import model_of
+    from comfy_xdit.comfy_types.model.handles import model_of
 
     stock = comfy.ops.disable_weight_init.Linear
     eager, loading = stock.__init__, stock._load_from_state_dict
@@ -111,7 +111,7 @@ def test_diffusers_folder_in_shards_has_the_same_twin(flux_file, tmp_path):
     from diffusers import FluxTransformer2DModel
 
     from comfy_xdit.comfy_types.contract import twin
-    from comfy_xdit.comfy_types.model import model_of
+    from comfy_xdit.comfy_types.model.handles import model_of
 
     with init_empty_weights():
         tensors = FluxTransformer2DModel(guidance_embeds=True).state_dict()
@@ -128,7 +128,7 @@ def test_diffusers_folder_in_shards_has_the_same_twin(flux_file, tmp_path):
 
 
 def test_flux_request_carries_guidance_and_sigma_as_timestep(flux_file):
-    from comfy_xdit.comfy_types.model import model_of
+    from comfy_xdit.comfy_types.model.handles import model_of
     from comfy_xdit.comfy_types.sampling import sample_request
 
     model = model_of(_remote(flux_file))
@@ -151,7 +151,7 @@ def test_flux_request_carries_guidance_and_sigma_as_timestep(flux_file):
 
 
 def test_unknown_family_is_named(comfyui, tmp_path):
-    from comfy_xdit.comfy_types.model import model_of
+    from comfy_xdit.comfy_types.model.handles import model_of
 
     file = _write_header(tmp_path / "strange.safetensors", {"strange.weight": torch.empty(3, 3)})
     with pytest.raises(

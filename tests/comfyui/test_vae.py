@@ -138,7 +138,7 @@ def test_our_node_in_tiles_and_whole(pair: SimpleNamespace, run_node: Any):
 def test_interrupt_leaves_the_ranks_warm(pair: SimpleNamespace, run_node: Any):
     import comfy.model_management as management
 
-    from comfy_xdit.comfy_types.model import remote_of
+    from comfy_xdit.comfy_types.model.handles import remote_of
     from comfy_xdit.ranks.registry import worker_group
 
     (vae,) = run_node("XDiTLoadVAE", vae_name=pair.name, parallel=layout(2))

@@ -162,7 +162,7 @@ class ComfyUITransformer:
         known = self._outline.diffusion_model.state_dict().keys()
         self._patched = PatchedComfyUI(module, self._detected, shards, self.loras, known)
         if hasattr(module, "_forward"):
-            # Wrappers around the call, which `forward` runs, have run on the host (comfy_types/model.py). As
+            # Wrappers around the call, which `forward` runs, have run on the host (comfy_types/model). As
             # `forward` itself, so that hooks on the module are called.
             object.__setattr__(module, "forward", module._forward)
 

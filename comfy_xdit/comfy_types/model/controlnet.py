@@ -15,7 +15,7 @@ import comfy.controlnet
 import comfy.model_management
 import torch
 
-from comfy_xdit.comfy_types.patcher import HANDLE
+from comfy_xdit.comfy_types.model.patcher import HANDLE
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import AppliedControlNet
 from comfy_xdit.remote import Application, RemoteControlNet, RemoteModel, check_mode, check_picture, mode_of

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.comfy_types.controlnet import NETS
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
-from comfy_xdit.comfy_types.options import plain_options
-from comfy_xdit.comfy_types.original import ORIGINAL
-from comfy_xdit.comfy_types.residuals import residuals
+from comfy_xdit.comfy_types.model.controlnet import NETS
+from comfy_xdit.comfy_types.model.options import plain_options
+from comfy_xdit.comfy_types.model.original import ORIGINAL
+from comfy_xdit.comfy_types.model.residuals import residuals
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteModel
 

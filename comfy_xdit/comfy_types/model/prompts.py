@@ -16,7 +16,7 @@ import comfy.conds
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from comfy_xdit.comfy_types.controlnet import runs_in_ranks
+from comfy_xdit.comfy_types.model.controlnet import runs_in_ranks
 from comfy_xdit.protocol.messages import LENGTHS
 
 # Wrappers of these kinds see the padded prompts and could change or lengthen them, or judge a call by

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import comfy.model_management
 import torch
 
-from comfy_xdit.comfy_types.controlnet import NETS
-from comfy_xdit.comfy_types.exact_calls import answer_for, arguments
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
-from comfy_xdit.comfy_types.options import PICTURES, rank_options
-from comfy_xdit.comfy_types.original import ORIGINAL, Original
-from comfy_xdit.comfy_types.patcher import HANDLE, RemotePatcher
-from comfy_xdit.comfy_types.prompts import pair_prompts
-from comfy_xdit.comfy_types.residuals import residuals
-from comfy_xdit.comfy_types.rope import with_references
-from comfy_xdit.comfy_types.twin import build_twin
+from comfy_xdit.comfy_types.model.controlnet import NETS
+from comfy_xdit.comfy_types.model.exact_calls import answer_for, arguments
+from comfy_xdit.comfy_types.model.options import PICTURES, rank_options
+from comfy_xdit.comfy_types.model.original import ORIGINAL, Original
+from comfy_xdit.comfy_types.model.patcher import HANDLE, RemotePatcher
+from comfy_xdit.comfy_types.model.prompts import pair_prompts
+from comfy_xdit.comfy_types.model.residuals import residuals
+from comfy_xdit.comfy_types.model.rope import with_references
+from comfy_xdit.comfy_types.model.twin import build_twin
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import LENGTHS, AppliedControlNet, ImagePrompt
 from comfy_xdit.protocol.spec import LoraFile

@@ -16,8 +16,8 @@ import comfy.utils
 import torch
 from safetensors import safe_open
 
-from comfy_xdit.comfy_types.residuals import lend_embedders
-from comfy_xdit.comfy_types.weights import take_away
+from comfy_xdit.comfy_types.model.residuals import lend_embedders
+from comfy_xdit.comfy_types.model.weights import take_away
 from comfy_xdit.protocol import safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.outline import META, on_meta

@@ -9,8 +9,8 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from comfy_xdit.comfy_types.original import ORIGINAL
-from comfy_xdit.comfy_types.patches import PREFIX, counts, describe
+from comfy_xdit.comfy_types.model.original import ORIGINAL
+from comfy_xdit.comfy_types.model.patches import PREFIX, counts, describe
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import NO_PATCHES, PatchSet
 from comfy_xdit.protocol.spec import LoraFile
