@@ -40,8 +40,8 @@ def _flux2(d: Draw) -> Any:
     return (d(128, *SMALL), d.time(), d.prompt()), given
 
 
-def _chroma(d: Draw, channels: int = CHANNELS) -> Any:
-    return (d(channels, *STILL), d.time(), d.prompt(), d.time(0.0)), {}
+def _chroma(d: Draw, channels: int = CHANNELS, **more: Any) -> Any:
+    return (d(channels, *STILL), d.time(), d.prompt(), d.time(0.0)), more
 
 
 def _sd3(d: Draw, **more: Any) -> Any:
@@ -52,12 +52,12 @@ def _image(d: Draw, time: float = FLOW, width: int = TEXT, channels: int = CHANN
     return (d(channels, *STILL), d.time(time), d.prompt(width)), {}
 
 
-def _hunyuan_dit(d: Draw) -> Any:
+def _hunyuan_dit(d: Draw, **more: Any) -> Any:
     given = {
         "text_embedding_mask": torch.ones(d.batch, 7),
         "encoder_hidden_states_t5": d(9, 48),
         "text_embedding_mask_t5": torch.ones(d.batch, 9),
-        "control": {"output": [d(35, 64)]},
+        **more,
     }
     return (d(4, *STILL), d.time(THOUSANDS), d(7, TEXT)), given
 
@@ -86,8 +86,8 @@ def _hunyuan_video(d: Draw, **more: Any) -> Any:
     return first, {"guidance": d.time(6.0), **more}
 
 
-def _hunyuan_video_masked(d: Draw) -> Any:
-    return _hunyuan_video(d, attention_mask=d.mask()[:1], control=d.residuals(2, 2, 105))
+def _hunyuan_video_masked(d: Draw, **more: Any) -> Any:
+    return _hunyuan_video(d, attention_mask=d.mask()[:1], **more)
 
 
 def _hunyuan_video_15(d: Draw) -> Any:
@@ -163,20 +163,23 @@ _MMDIT = ("modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper")
 _PIXART, _DIT3D = ("pixart.pixartms", "PixArtMS"), ("hunyuan3dv2_1.hunyuandit", "HunYuanDiTPlain")
 _LTXV, _LTXAV = ("lightricks.model", "LTXVModel"), ("lightricks.av_model", "LTXAVModel")
 _COSMOS, _LUMINA = ("cosmos.predict2", "MiniTrainDIT"), ("lumina.model", "NextDiT")
+_CHROMA, _HYDIT = ("chroma.model", "Chroma"), ("hydit.models", "HunYuanDiT")
 _QWEN = ("qwen_image.model", "QwenImageTransformer2DModel")
 
 _AUDIO = ("audio.dit", "AudioDiffusionTransformer")
 
 CASES: dict[str, Case] = {
     "flux": Case(*_FLUX, sizes.FLUX, _flux),
-    "flux control": Case(*_FLUX, sizes.FLUX, lambda d: _flux(d, control=d.residuals(2, 2))),
+    "flux controlnet": Case(*_FLUX, sizes.FLUX, lambda d: _flux(d, control=d.residuals(2, 2))),
     "flux mask, kontext": Case(*_FLUX, sizes.FLUX, _flux_kontext, causal=True),
     "flux2": Case(*_FLUX, sizes.FLUX2, _flux2),
-    "chroma": Case("chroma.model", "Chroma", sizes.CHROMA, _chroma),
+    "chroma": Case(*_CHROMA, sizes.CHROMA, _chroma),
+    "chroma controlnet": Case(*_CHROMA, sizes.CHROMA, lambda d: _chroma(d, control=d.residuals(2, 2))),
     "chroma radiance": Case(
         "chroma_radiance.model", "ChromaRadiance", sizes.RADIANCE, partial(_chroma, channels=3)
     ),
-    "sd3": Case(*_MMDIT, sizes.SD3, lambda d: _sd3(d, control=d.residuals(0, 3, 35, 128))),
+    "sd3": Case(*_MMDIT, sizes.SD3, _sd3),
+    "sd3 controlnet": Case(*_MMDIT, sizes.SD3, lambda d: _sd3(d, control=d.residuals(0, 3, 35, 128))),
     "sd3.5 medium": Case(*_MMDIT, sizes.SD35, _sd3),
     "auraflow": Case("aura.mmdit", "MMDiT", sizes.AURA, partial(_image, width=sizes.AURA_TEXT, channels=4)),
     "pixart": Case(*_PIXART, sizes.PIXART, lambda d: ((d(4, 34, 38), d.time(THOUSANDS), d.prompt()), {})),
@@ -185,7 +188,10 @@ CASES: dict[str, Case] = {
         sizes.PIXART | {"micro_condition": True},
         lambda d: ((d(4, 34, 38), d.time(THOUSANDS), d.prompt()), {}),
     ),
-    "hunyuan dit": Case("hydit.models", "HunYuanDiT", sizes.HUNYUAN_DIT, _hunyuan_dit),
+    "hunyuan dit": Case(*_HYDIT, sizes.HUNYUAN_DIT, _hunyuan_dit),
+    "hunyuan dit controlnet": Case(
+        *_HYDIT, sizes.HUNYUAN_DIT, lambda d: _hunyuan_dit(d, control={"output": [d(35, 64)]})
+    ),
     "mochi": Case("genmo.joint_model.asymm_models_joint", "AsymmDiTJoint", sizes.MOCHI, _mochi),
     "ltxv": Case(*_LTXV, sizes.LTXV, _ltxv),
     "ltxv timesteps": Case(*_LTXV, sizes.LTXV, partial(_ltxv, per_token=True)),
@@ -193,6 +199,11 @@ CASES: dict[str, Case] = {
     "ltxav timesteps": Case(*_LTXAV, sizes.LTXAV, partial(_ltxav, per_token=True)),
     "ltxav rows": Case(*_LTXAV, sizes.LTXAV, partial(_ltxav, per_token=True, shared=False), batches=(2,)),
     "hunyuan video": Case(*_HUNYUAN, sizes.HUNYUAN_VIDEO, _hunyuan_video_masked),
+    "hunyuan video controlnet": Case(
+        *_HUNYUAN,
+        sizes.HUNYUAN_VIDEO,
+        lambda d: _hunyuan_video_masked(d, control=d.residuals(2, 2, 105)),
+    ),
     "hunyuan video i2v": Case(
         *_HUNYUAN,
         sizes.HUNYUAN_VIDEO,
@@ -255,7 +266,8 @@ CASES: dict[str, Case] = {
     "wan animate": Case(
         "wan.model_animate", "AnimateWanModel", sizes.WAN | {"num_layers": 5, "in_dim": 36}, _wan_animate
     ),
-    "qwen image": Case(*_QWEN, sizes.QWEN, lambda d: _qwen(d, control=d.residuals(2, 0))),
+    "qwen image": Case(*_QWEN, sizes.QWEN, _qwen),
+    "qwen image controlnet": Case(*_QWEN, sizes.QWEN, lambda d: _qwen(d, control=d.residuals(2, 0))),
     "qwen edit": Case(
         *_QWEN,
         sizes.QWEN,
