@@ -48,5 +48,9 @@ class WorkerDied(XDiTError, RuntimeError):
     """A rank's process ended or stopped answering. The next call starts a new group."""
 
 
+class DeviceInUse(XDiTError, RuntimeError):
+    """Another program's ranks compute on a device. The text names the program and the remedy."""
+
+
 class Interrupted(XDiTError):
     """The run was cancelled by the person; the ranks stopped at a step boundary and stay warm."""

@@ -71,7 +71,7 @@ def rank_environment(
         # A rank's log is read when it has died: what libraries deprecate would hide why.
         "PYTHONWARNINGS": "ignore",
         "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its Python stack
-        VISIBLE: _visible(devices[rank], host.get(VISIBLE)),
+        VISIBLE: visible(devices[rank], host.get(VISIBLE)),
     }
     return environment
 
@@ -87,7 +87,7 @@ def template_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _visible(device: str, allowed: str | None) -> str:
+def visible(device: str, allowed: str | None) -> str:
     """The physical device behind the host's `device`: "cuda:1" of "4,5" is "5"."""
     if not device.startswith("cuda:"):
         return ""

@@ -23,6 +23,7 @@ from comfy_xdit.protocol.messages import Cancelled, Failure, Forget, Progress, R
 from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig, available_devices
 from comfy_xdit.protocol.rpc import Event, Host
 from comfy_xdit.ranks.agreement import agree, is_consequence
+from comfy_xdit.ranks.claims import Claim
 from comfy_xdit.ranks.conversation import CLOSED, POLL_SECONDS, Conversation, Unanswered
 from comfy_xdit.ranks.deadlines import Deadlines
 from comfy_xdit.ranks.deaths import Deaths
@@ -68,6 +69,7 @@ class WorkerGroup:
         self._closes = self._job = 0
         self._bridge: Host | None = None
         self._processes: RankProcesses | None = None
+        self._claim: Claim | None = None
         self._deadlines, self._deaths = Deadlines(), Deaths()
         self.reports: list[dict[str, Any]] = []
         self.timings: dict[str, Timing] = {}  # of the last call of each kind of message
@@ -99,6 +101,7 @@ class WorkerGroup:
         Raises:
             InvalidInput: the ranks refused the input; they are as before.
             RemoteError: a rank raised; carries the rank and its traceback.
+            DeviceInUse: the ranks are not up, and another program's compute on one of their devices.
             WorkerDied: a rank ended or hangs (see deadlines.py), or the group was closed meanwhile.
             Interrupted: `interrupted` returned True, and the ranks stopped at a step boundary or were ended.
         """
@@ -155,8 +158,9 @@ class WorkerGroup:
         began = time.monotonic()
         world = list(range(self.parallel.world_size))
         degrees = {name: getattr(self.parallel, name) for name in (*DEGREES, "shard_weights")}
-        self._bridge = Host(self.parallel.world_size, os.getpid(), degrees)
         try:
+            self._claim = Claim(self.parallel.devices)
+            self._bridge = Host(self.parallel.world_size, os.getpid(), degrees)
             waiting = self._while_starting(interrupted, closes)
             waiting()  # it may have been closed before there was a bridge to say it to
             self._processes = RankProcesses(self._program, self.parallel.devices, self._bridge, waiting)
@@ -188,10 +192,12 @@ class WorkerGroup:
         """End the ranks, because of `error` in a call of this `kind`, if they died of one."""
         if isinstance(error, WorkerDied):
             self._deaths.note(kind, error)
-        processes, bridge = self._processes, self._bridge
-        self._processes, self._bridge, self.reports = None, None, []
+        processes, bridge, claim = self._processes, self._bridge, self._claim
+        self._processes, self._bridge, self._claim, self.reports = None, None, None, []
         if processes is not None:
             processes.kill()
+        if claim is not None:
+            claim.release()
         if bridge is not None:
             bridge.close()
 
