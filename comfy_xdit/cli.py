@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         "--input", type=Path, action="append", default=[], help="folder where LoadImage looks; repeatable"
     )
     run.add_argument("--quiet", action="store_true", help="print nothing but errors and written files")
+    run.add_argument(
+        "--timings", action="store_true", help="say where the time went: compute, communication, bridge"
+    )
     run.set_defaults(command=_run)
 
     demo = commands.add_parser("demo", help="draw a picture on two ranks and on one, and compare them")
@@ -113,10 +117,14 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _run(chosen: argparse.Namespace) -> int:
     from comfy_xdit.headless.workflow import run_file  # imports torch: seconds that --help need not cost
 
+    if chosen.timings:
+        os.environ["XDIT_TIMINGS"] = "1"  # for the ranks: on a GPU communication is measured on demand
     with _cooperative_interrupt():
         finished = run_file(
             chosen.workflow, tuple(chosen.set), chosen.output, tuple(chosen.input), chosen.quiet
         )
+    for line in finished.timings() if chosen.timings else ():
+        print(line, file=sys.stderr)
     if not chosen.quiet:
         print(f"done in {sum(finished.seconds.values()):.1f} s", file=sys.stderr)
     for path in finished.files:

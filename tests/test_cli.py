@@ -65,12 +65,14 @@ def long_run(tmp_path):
 
 
 @needs_demo
-def test_run_writes_the_picture_and_prints_where(tmp_path, capsys):
+def test_run_writes_the_picture_and_prints_where_it_is_and_the_time_went(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDIT_TIMINGS", "0")  # what --timings sets is over with the test
     settings = ["3.steps=2", "1.strategy=manual", "1.devices=cpu"]
     words = [w for s in settings for w in ("--set", s)]
-    assert cli.main(["run", str(DEMO), "--output", str(tmp_path), "--quiet", *words]) == cli.DONE
+    assert cli.main(["run", str(DEMO), "--output", str(tmp_path), "--quiet", "--timings", *words]) == cli.DONE
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert "\n  Sample: 2 steps of " in printed.err and " ms: compute " in printed.err
+    assert all(line.startswith(("node ", "  ")) for line in printed.err.splitlines())
     assert Path(printed.out.strip()) == tmp_path / "xdit_demo_00001_.png"
     assert (tmp_path / "xdit_demo_00001_.png").is_file()
 

@@ -12,6 +12,7 @@ import torch
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Cancelled, Failure, Result, Stop
 from comfy_xdit.protocol.rpc import Rank
+from worker.clock import communication, reporting
 
 TEXT_LIMIT = 16_000  # characters of a message or traceback that cross the bridge: nobody reads more
 
@@ -38,7 +39,8 @@ class Run:
         self.steps_done = step
         self._end.beat()
         if self._end.rank == 0:
-            self._end.progress(self._job, step, steps, preview)
+            with reporting:
+                self._end.progress(self._job, step, steps, preview)
 
     def pause(self) -> None:
         """Call on EVERY rank where a long step may be left off.
@@ -52,7 +54,10 @@ class Run:
 
     def asked(self) -> bool:
         """Whether the host asked to stop; only rank 0 hears it."""
-        return self._end.rank == 0 and self._end.interrupted(self._job)
+        if self._end.rank > 0:
+            return False
+        with reporting:
+            return self._end.interrupted(self._job)
 
     def stop(self, step: int) -> NoReturn:
         """Leave the command: `step` is the same on all ranks."""
@@ -77,6 +82,8 @@ def serve(
         job, message = end.receive(device)
         if isinstance(message, Stop):
             return
+        communication.restart(device)
+        reporting.restart(torch.device("cpu"))
         answer = _answer(handlers, message, Run(end, job, agree))
         try:
             end.send(job, answer)
@@ -91,7 +98,8 @@ def _answer(
     try:
         with torch.inference_mode():
             value = handlers[type(message)](message, run)
-        return Result(value, time.perf_counter() - began)
+        exchanged = communication.read()  # which may wait for the device
+        return Result(value, time.perf_counter() - began, exchanged, reporting.read())
     except Interrupted:
         return Cancelled(run.steps_done)
     except InvalidInput as error:

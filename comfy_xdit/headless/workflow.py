@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.headless.stock_nodes import NODE_CLASS_MAPPINGS as STOCK
 from comfy_xdit.headless.validation import Classes, Workflow, execution_order, is_link
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
+from comfy_xdit.ranks.timing import Timing, ledger
 
 PACK_MODULE = "comfy_xdit_nodes"  # the root nodes.py; "nodes" is ComfyUI's own
 Outputs = tuple[Any, ...]
@@ -38,11 +40,24 @@ class NodeFailed(XDiTError):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run made: the outputs of every node that ran, the seconds each took, and the files."""
+    """What a run made: the outputs of every node that ran, the seconds each took, and the files.
+
+    `calls` are those to the ranks, by node and kind of message.
+    """
 
     outputs: dict[str, Outputs]
     seconds: dict[str, float]
     files: list[Path]
+    calls: dict[str, dict[str, Timing]] = field(default_factory=dict)
+
+    def timings(self) -> Iterator[str]:
+        """Where the time went, in words."""
+        for node, seconds in self.seconds.items():
+            calls = self.calls[node]
+            here = seconds - sum(timing.host for timing in calls.values())
+            yield f"node {node}: {seconds:.2f} s, {here:.2f} of it outside of the ranks"
+            for kind, timing in calls.items():
+                yield f"  {kind}: {timing.describe()}"
 
 
 @cache
@@ -105,7 +120,8 @@ def run(workflow: WorkflowFile, folders: Folders, classes: Classes, quiet: bool 
     for node in order:
         headless.raise_if_interrupted()
         began = time.monotonic()
-        finished.outputs[node] = _run_node(workflow.api, node, classes, hidden, finished.outputs, quiet)
+        with ledger.sums() as finished.calls[node]:
+            finished.outputs[node] = _run_node(workflow.api, node, classes, hidden, finished.outputs, quiet)
         finished.seconds[node] = time.monotonic() - began
     return finished
 

@@ -50,10 +50,8 @@ def _group(group: WorkerGroup) -> Iterator[str]:
         yield from _rank(answer.value)
     for kind, timing in timings.items():
         if kind != Status.__name__:
-            yield (
-                f"  last {kind}: {1000 * timing.host:.1f} ms, {1000 * timing.rank:.1f} of it in the ranks; "
-                f"{size(timing.sent)} sent, {size(timing.received)} received"
-            )
+            crossed = f"{size(timing.sent)} sent, {size(timing.received)} received"
+            yield f"  last {kind}: {timing.describe()}; {crossed}"
 
 
 def _rank(told: dict[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from comfy_xdit.planning.measured import remember
 from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.ranks.group import Timing
+from comfy_xdit.ranks.timing import Timing
 
 # What a sampler does per step: Heun calls twice, but for the last step.
 _CALLS = {"heun": lambda steps: 2 * steps - 1}

@@ -314,10 +314,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """The answer of a rank. `seconds` is the time the rank worked."""
+    """The answer of a rank. `seconds` is the time the rank worked.
+
+    Of them `communication` went into exchanges with other ranks, waiting for them included (None: not
+    measured), and `reporting` into words to the host.
+    """
 
     value: Any
     seconds: float
+    communication: float | None = 0.0
+    reporting: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,8 @@ def _locked(device: str, file: Path) -> int:
         os.close(descriptor)
         raise DeviceInUse(
             f"{device} is in use by the ranks of another program: {holder}. Two groups of ranks would fill "
-            "its memory. End that program, choose other devices in xDiT Parallel Config, or, to share on purpose, "
-            f"set {SHARE}=1 before this program starts."
+            "its memory. End that program, choose other devices in xDiT Parallel Config, or set "
+            f"{SHARE}=1 before this program starts to share on purpose."
         ) from None
     except OSError:
         os.close(descriptor)

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from comfy_xdit.protocol.errors import (
@@ -28,28 +27,11 @@ from comfy_xdit.ranks.conversation import CLOSED, POLL_SECONDS, Conversation, Un
 from comfy_xdit.ranks.deadlines import Deadlines
 from comfy_xdit.ranks.deaths import Deaths
 from comfy_xdit.ranks.processes import NEXT, RankProcesses
+from comfy_xdit.ranks.timing import Timing, ledger
 
 STOP_SECONDS = 5.0  # for idle ranks to go by themselves
 START = "the start"
 _generations = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call: as the host waited, and as the slowest rank worked.
-
-    `sent` and `received` are the bytes that crossed the bridge, seen from the host.
-    """
-
-    host: float
-    rank: float
-    sent: int = 0
-    received: int = 0
-
-    @property
-    def bridge(self) -> float:
-        """What was not work in the ranks: sending, waiting, receiving."""
-        return self.host - self.rank
 
 
 class WorkerGroup:
@@ -236,8 +218,9 @@ class WorkerGroup:
         finally:
             self._deadlines.learn(kind, talk.longest, done=talk.is_done)
         answer = self._verdict(ranks, replies, kind)
-        host, worked = time.perf_counter() - began, max(reply.seconds for reply in replies.values())
-        self.timings[kind] = Timing(host, worked, sent, talk.received)
+        host, results = time.perf_counter() - began, [replies[rank] for rank in ranks]
+        self.timings[kind] = Timing.of(host, results, sent, talk.received, talk.steps)
+        ledger.note(kind, self.timings[kind])
         self._deaths.survived(kind)
         return answer
 

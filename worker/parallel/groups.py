@@ -15,9 +15,10 @@ from torch import nn
 
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.rpc import Rank
+from worker.clock import communication
 from worker.parallel import xfuser_compat
 from worker.parallel.attention.blockwise import WithLogSumExp
-from worker.parallel.mesh import Mesh, gather_parts
+from worker.parallel.mesh import Mesh, arrive, gather_parts
 from worker.parallel.parts import Shard
 from worker.parallel.pipeline import Pipeline
 
@@ -88,7 +89,8 @@ class RankGroups:
         if self._control is None:
             return flag
         word = torch.tensor([flag], dtype=torch.int32)
-        dist.broadcast(word, 0, group=self._control)
+        with communication:
+            dist.broadcast(word, 0, group=self._control)
         return bool(word.item())
 
     def announce(self, flag: bool) -> Announcement:
@@ -101,7 +103,8 @@ class RankGroups:
         if self._control is None:
             return flag
         word = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(word, dist.ReduceOp.MAX, group=self._control)
+        with communication:
+            dist.all_reduce(word, dist.ReduceOp.MAX, group=self._control)
         return bool(word.item())
 
     def differ(self, word: str) -> bool:
@@ -110,7 +113,8 @@ class RankGroups:
             return False
         number = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")
         span = torch.tensor([number, -number])
-        dist.all_reduce(span, dist.ReduceOp.MAX, group=self._control)
+        with communication:
+            dist.all_reduce(span, dist.ReduceOp.MAX, group=self._control)
         return bool(span.sum() != 0)
 
     @property
@@ -193,7 +197,7 @@ class Announcement:
 
     def wait(self) -> bool:
         """The flag, once it is here."""
-        self.work.wait()
+        arrive([self.work])
         return bool(self.word.item())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from worker.clock import communication
 
 
 @dataclass
@@ -64,7 +66,8 @@ class Mesh:
         """All-to-all of flat chunks in the Ulysses group; `sizes` of those sent, `coming` of the others."""
         self.traffic.count(sent.numel() - sizes[self.ulysses_rank], sent)
         arrived = sent.new_empty(sum(coming))
-        dist.all_to_all_single(arrived, sent, list(coming), list(sizes), group=self.ulysses_group)
+        with communication:
+            dist.all_to_all_single(arrived, sent, list(coming), list(sizes), group=self.ulysses_group)
         return arrived
 
     def pass_on(self, block: torch.Tensor, arriving: torch.Tensor) -> list[dist.Work]:
@@ -89,15 +92,15 @@ class Mesh:
         if self.rank + 1 < self.ranks:
             below = torch.empty_like(top)
             ops += [self._to(dist.isend, bottom, 1), self._to(dist.irecv, below, 1)]
-        for work in self._swap(ops):
-            work.wait()
+        arrive(self._swap(ops))
         return above, below
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors."""
         self.traffic.count(2 * tensor.numel() * (self.ranks - 1) // self.ranks, tensor)
         tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=self.group)
+        with communication:
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, part: torch.Tensor, sizes: Sequence[int], dim: int) -> list[torch.Tensor]:
@@ -117,7 +120,15 @@ class Mesh:
         for op in ops:
             if op.op is dist.isend:
                 self.traffic.count(op.tensor.numel(), op.tensor)
-        return dist.batch_isend_irecv(ops) if ops else []
+        with communication:
+            return dist.batch_isend_irecv(ops) if ops else []
+
+
+def arrive(works: Iterable[dist.Work]) -> None:
+    """Wait for what is on its way."""
+    with communication:
+        for work in works:
+            work.wait()
 
 
 def gather_parts(part: torch.Tensor, sizes: Sequence[int], dim: int, group: Any) -> list[torch.Tensor]:
@@ -130,5 +141,6 @@ def gather_parts(part: torch.Tensor, sizes: Sequence[int], dim: int, group: Any)
         part = torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
     part = part.contiguous()
     every = part.new_empty(len(sizes) * most, *part.shape[1:])
-    dist.all_gather_into_tensor(every, part, group=group)
+    with communication:
+        dist.all_gather_into_tensor(every, part, group=group)
     return [whole[:size].transpose(0, dim) for whole, size in zip(every.split(most), sizes, strict=True)]

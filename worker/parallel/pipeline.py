@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from worker.clock import communication
+from worker.parallel.mesh import arrive
+
 
 class Pipeline:
     """The stages before and behind this rank, among the ranks of one pipeline.
@@ -77,26 +80,26 @@ class Pipeline:
         """What was sent two evaluations ago has been received: everything since depends on it."""
         self._on_way.append([])
         while len(self._on_way) > 2:
-            for work, _ in self._on_way.popleft():
-                work.wait()
+            arrive(work for work, _ in self._on_way.popleft())
 
     def settle(self) -> None:
         """Wait until everything sent has been received."""
         while self._on_way:
-            for work, _ in self._on_way.popleft():
-                work.wait()
+            arrive(work for work, _ in self._on_way.popleft())
         self._on_way.append([])
 
     def _send(self, tensor: torch.Tensor, rank: int, group: dist.ProcessGroup) -> None:
         if not tensor.numel():
             return
         tensor = tensor.contiguous()
-        self._on_way[-1].append((dist.isend(tensor, rank, group=group), tensor))
+        with communication:
+            self._on_way[-1].append((dist.isend(tensor, rank, group=group), tensor))
 
     def _receive(
         self, shape: Sequence[int], dtype: torch.dtype, rank: int, group: dist.ProcessGroup
     ) -> torch.Tensor:
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         if tensor.numel():
-            dist.recv(tensor, rank, group=group)
+            with communication:
+                dist.recv(tensor, rank, group=group)
         return tensor

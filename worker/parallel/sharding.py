@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from worker.checkpoints import Checkpoint, Part, Source
+from worker.clock import communication
 from worker.parallel import hooks
+from worker.parallel.mesh import arrive
 
 # The block that computes and the next one, whose weights come meanwhile.
 BUFFERS = 2
@@ -137,22 +139,23 @@ class ShardedWeights:
             self._start(number + 1)
 
     def _settle(self) -> None:
-        for work in self._coming[1] if self._coming is not None else ():
-            work.wait()
+        arrive(self._coming[1] if self._coming is not None else ())
         self._coming = None
 
     def _start(self, number: int) -> None:
-        row, part = self._rows[number], self._parts[number]
+        with communication:
+            self._coming = (number, self._gathering(self._rows[number], self._parts[number]))
+
+    def _gathering(self, row: torch.Tensor, part: torch.Tensor) -> list[dist.Work]:
         if part.device.type == "cuda":
-            works = [dist.all_gather_into_tensor(row, part, group=self._group, async_op=True)]
-        else:  # gloo gathers into a copy of the whole row, and broadcasts in place
-            parts = row.chunk(self._ranks)
-            parts[self._rank].copy_(part)
-            works = [
-                dist.broadcast(one, group=self._group, group_src=rank, async_op=True)
-                for rank, one in enumerate(parts)
-            ]
-        self._coming = (number, works)
+            return [dist.all_gather_into_tensor(row, part, group=self._group, async_op=True)]
+        # gloo gathers into a copy of the whole row, and broadcasts in place.
+        parts = row.chunk(self._ranks)
+        parts[self._rank].copy_(part)
+        return [
+            dist.broadcast(one, group=self._group, group_src=rank, async_op=True)
+            for rank, one in enumerate(parts)
+        ]
 
     def _has(self, place: Place) -> bool:
         start, stop = self._own(place)

@@ -15,6 +15,8 @@ from distvae.modules.adapters.layers.norm_adapters import GroupNormAdapter
 from distvae.utils import ParallelContext
 from torch import nn
 
+from worker.clock import communication
+
 ROW = -2  # the dimension rows lie along
 
 
@@ -79,7 +81,8 @@ class RowGroupNorm(nn.Module):
         """Mean and variance, (B, groups), of all bands (Chan, Golub and LeVeque, 1979)."""
         own = torch.stack([torch.full_like(mean, places), mean, variance])
         bands = [torch.empty_like(own) for _ in range(self._context.world_size)]
-        dist.all_gather(bands, own, group=self._context.group)
+        with communication:
+            dist.all_gather(bands, own, group=self._context.group)
         count, means, variances = torch.stack(bands).double().unbind(1)
         weights = count / count.sum(0)
         mean = (weights * means).sum(0)
@@ -124,6 +127,7 @@ def neighbours(
             dist.P2POp(dist.isend, own.contiguous(), rank, group=context.group),
             dist.P2POp(dist.irecv, received[-1], rank, group=context.group),
         ]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
+    with communication:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
     return received[0], received[1]

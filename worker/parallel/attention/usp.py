@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from worker.parallel.attention.blockwise import Blockwise, WithLogSumExp
-from worker.parallel.mesh import Mesh
+from worker.parallel.mesh import Mesh, arrive
 from worker.parallel.parts import Part, Shard
 
 # (query, key, value, mask) with this rank's heads of its Ulysses group's tokens.
@@ -164,7 +164,6 @@ class USP:
             if self._keep is not None:
                 key, value = self._keep.renew(key, value, source)
             result.add(key, value, bias(source))
-            for work in works:
-                work.wait()
+            arrive(works)
             block = arriving
         return result.result
