@@ -57,6 +57,7 @@ def test_the_parts_are_the_whole_and_who_is_alone_communicates_with_nobody(name,
         assert 0 < timing.communication < timing.rank
     told = report(())
     assert f"last Sample: {STEPS} steps of {1000 * timing.host / STEPS:.1f} ms: compute " in told
+    assert group.logs and group.logs in told
     assert f"communication {1000 * timing.communication / STEPS:.1f}, bridge " in told
 
 

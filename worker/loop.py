@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import torch
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
 from comfy_xdit.protocol.messages import Cancelled, Failure, Result, Stop
 from comfy_xdit.protocol.rpc import Rank
+from worker import log
 from worker.clock import communication, reporting
 
 TEXT_LIMIT = 16_000  # characters of a message or traceback that cross the bridge: nobody reads more
@@ -78,9 +81,12 @@ def serve(
         device: where the tensors of a command are put.
         agree: rank 0's flag, given to every rank.
     """
+    log.begin(end.log, end.rank)
+    log.note("serves", pid=os.getpid(), device=str(device), torch=torch.__version__)
     while True:
         job, message = end.receive(device)
         if isinstance(message, Stop):
+            log.note("was told to stop")
             return
         communication.restart(device)
         reporting.restart(torch.device("cpu"))
@@ -88,7 +94,9 @@ def serve(
         try:
             end.send(job, answer)
         except (TypeError, ValueError) as error:  # too long, or nothing that crosses: said in its place
-            end.send(job, _failure(error, invalid=False))
+            answer = _failure(error, invalid=False)
+            end.send(job, answer)
+        _note(type(message).__name__, job, answer)  # behind the answer: nobody waits for it
 
 
 def _answer(
@@ -106,6 +114,20 @@ def _answer(
         return _failure(error, invalid=True)
     except Exception as error:
         return _failure(error, invalid=False)
+
+
+def _note(kind: str, job: int, answer: Result | Failure | Cancelled) -> None:
+    """A line about a command that has come to its end."""
+    if isinstance(answer, Result):
+        seconds = {name: getattr(answer, name) for name in ("seconds", "communication", "reporting")}
+        log.note("done", command=kind, job=job, **seconds)
+    elif isinstance(answer, Cancelled):
+        log.note("cancelled", command=kind, job=job, step=answer.step)
+    elif answer.invalid:
+        log.note("refused", logging.WARNING, command=kind, job=job, error=answer.message)
+    else:
+        told = {"error": f"{answer.kind}: {answer.message}", "traceback": answer.traceback}
+        log.note("failed", logging.ERROR, command=kind, job=job, **told)
 
 
 def _failure(error: Exception, invalid: bool) -> Failure:

@@ -41,6 +41,8 @@ def _group(group: WorkerGroup) -> Iterator[str]:
         f"{layout.world_size} {plural}, {layout.describe()}, on {', '.join(layout.devices)}, "
         f"started in {group.start_seconds:.1f} s"
     )
+    if group.logs:
+        yield f"  {group.logs}"
     yield from reasons(layout)
     for rank in range(layout.world_size):
         answer = group.tell(Status(), ranks=(rank,))

@@ -55,6 +55,7 @@ class Invitation:
     meeting: int
     host_pid: int
     degrees: dict[str, int]  # and whether weights are sharded
+    log: str = ""  # the rank's file; empty where it has none
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -108,7 +109,7 @@ class Reported:
 class Host:
     """The host's end: one store, a segment of memory to the ranks and one from each."""
 
-    def __init__(self, world_size: int, host_pid: int, degrees: dict[str, int]):
+    def __init__(self, world_size: int, host_pid: int, degrees: dict[str, int], logs: tuple[str, ...] = ()):
         listener = socket.socket()
         listener.bind((LOOPBACK, 0))
         listener.listen(4 * world_size + 16)
@@ -123,7 +124,7 @@ class Host:
         self._inbound = [Segment() for _ in range(world_size)]
         self._meeting = anonymous_file()
         self._routes = tuple(f"{EVENTS}/{rank}" for rank in range(world_size))
-        self._host_pid, self._degrees = host_pid, degrees
+        self._host_pid, self._degrees, self._logs = host_pid, degrees, logs
         self._closing = False
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._reader = threading.Thread(
@@ -136,6 +137,7 @@ class Host:
         return Invitation(
             rank, len(self._inbound), self._port, self._secret, self._outbound.descriptor,
             self._inbound[rank].descriptor, self._meeting, self._host_pid, self._degrees,
+            self._logs[rank] if self._logs else "",
         )  # fmt: skip
 
     def send(self, ranks: list[int], job: int, message: Any) -> int:
@@ -212,7 +214,7 @@ class Rank:
     """A rank's end of the bridge."""
 
     def __init__(self, invitation: Invitation):
-        self.rank, self.world_size = invitation.rank, invitation.world_size
+        self.rank, self.world_size, self.log = invitation.rank, invitation.world_size, invitation.log
         self._store = dist.TCPStore(LOOPBACK, invitation.port, None, False, OPERATION)
         self._commands = self._store.clone()
         self._commands.set_timeout(IDLE)

@@ -26,6 +26,7 @@ from comfy_xdit.ranks.claims import Claim
 from comfy_xdit.ranks.conversation import CLOSED, POLL_SECONDS, Conversation, Unanswered
 from comfy_xdit.ranks.deadlines import Deadlines
 from comfy_xdit.ranks.deaths import Deaths
+from comfy_xdit.ranks.logs import RankLogs
 from comfy_xdit.ranks.processes import NEXT, RankProcesses
 from comfy_xdit.ranks.timing import Timing, ledger
 
@@ -52,6 +53,7 @@ class WorkerGroup:
         self._bridge: Host | None = None
         self._processes: RankProcesses | None = None
         self._claim: Claim | None = None
+        self._logs: RankLogs | None = None
         self._deadlines, self._deaths = Deadlines(), Deaths()
         self.reports: list[dict[str, Any]] = []
         self.timings: dict[str, Timing] = {}  # of the last call of each kind of message
@@ -61,6 +63,11 @@ class WorkerGroup:
         """Process ids by rank; empty while the group is down."""
         processes = self._processes
         return [] if processes is None else processes.pids
+
+    @property
+    def logs(self) -> str:
+        """Where the logs of the ranks are, in words; empty where there are none."""
+        return "" if self._logs is None else self._logs.where
 
     def call(
         self,
@@ -87,7 +94,7 @@ class WorkerGroup:
             WorkerDied: a rank ended or hangs (see deadlines.py), or the group was closed meanwhile.
             Interrupted: `interrupted` returned True, and the ranks stopped at a step boundary or were ended.
         """
-        with self._in_turn(interrupted) as closes:
+        with self._in_turn(interrupted) as closes, self._logged():
             if not self._is_up():
                 self._start(interrupted, closes)
             return self._exchange(message, ranks, on_progress, interrupted, guess)
@@ -127,6 +134,16 @@ class WorkerGroup:
         finally:
             self._turn.release()
 
+    @contextlib.contextmanager
+    def _logged(self) -> Iterator[None]:
+        """What the ranks died of or raised says where to read more."""
+        try:
+            yield
+        except (RemoteError, WorkerDied) as error:
+            if self._logs is not None:
+                self._logs.name_in(error)
+            raise
+
     # ------------------------------------------------------------------ start and end
 
     def _is_up(self) -> bool:
@@ -142,7 +159,8 @@ class WorkerGroup:
         degrees = {name: getattr(self.parallel, name) for name in (*DEGREES, "shard_weights")}
         try:
             self._claim = Claim(self.parallel.devices)
-            self._bridge = Host(self.parallel.world_size, os.getpid(), degrees)
+            self._logs = RankLogs(len(world), layout=self.parallel.describe(), devices=self.parallel.devices)
+            self._bridge = Host(len(world), os.getpid(), degrees, self._logs.files)
             waiting = self._while_starting(interrupted, closes)
             waiting()  # it may have been closed before there was a bridge to say it to
             self._processes = RankProcesses(self._program, self.parallel.devices, self._bridge, waiting)
@@ -180,6 +198,8 @@ class WorkerGroup:
             processes.kill()
         if claim is not None:
             claim.release()
+        if self._logs is not None:
+            self._logs.close(command=kind, error=str(error or ""))
         if bridge is not None:
             bridge.close()
 
