@@ -10,12 +10,14 @@ from comfy_xdit.nodes.report import report
 from comfy_xdit.planning import auto, measured
 from comfy_xdit.planning.auto import layout_of, machine
 from comfy_xdit.planning.measured import Measured
+from comfy_xdit.planning.prediction import predict
 from comfy_xdit.planning.request import ModelShape, Request
 from comfy_xdit.protocol import remembered
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks.deadlines import Deadlines
 from comfy_xdit.ranks.registry import running_groups
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
@@ -117,7 +119,7 @@ def test_the_description_says_what_a_plan_needs(tiny_models):
         assert told.parameters == sum(p.numel() for p in model.module.parameters())
 
 
-def test_a_run_is_remembered_and_the_next_plan_knows_it(tiny_models):
+def test_a_run_is_remembered_and_the_next_plan_and_its_deadline_know_it(tiny_models, monkeypatch):
     model = tiny_models["sd3"]
     spec = ModelSpec.of(model.file, "transformer")
     layout = layout_of(TWO, spec)
@@ -128,13 +130,31 @@ def test_a_run_is_remembered_and_the_next_plan_knows_it(tiny_models):
     x, given = torch.zeros(NOISE), tiny.conditions(model.family, model.config, 7)
     sigmas = torch.linspace(1.0, 0.0, 5)
     loop = Sample(spec, "euler", sigmas, x, torch.randn(NOISE), 2.0, given, given, sigmas * 1000)
+    guesses: list[float | None] = []
+    limits = Deadlines.limits
+
+    def seen(self, kind, guess=None):
+        guesses.append(guess)
+        return limits(self, kind, guess)
+
+    monkeypatch.setattr(Deadlines, "limits", seen)
     remote.sample(loop)  # the first of a kind is slow, and does not count
+    predicted = predict(
+        layout, replace(request, text_tokens=shape.text_tokens, steps=4), machine(TWO.devices)
+    )
+    assert guesses == [pytest.approx(predicted.seconds)]
     assert Measured.load().seconds(layout, request, machine(TWO.devices)) is None
     remote.sample(loop)
     assert 0 < Measured.load().seconds(layout, request, machine(TWO.devices)) < 10
 
+    measured_once = Measured.load().seconds(layout, request, machine(TWO.devices))
+    remote.calls._guess = (None, 0.0)  # as of the handle of another run
+    remote.sample(loop)
+    assert guesses[-1] == measured_once, "what is remembered is better than what is predicted"
+
     for _ in range(2):
         remote.denoise(x, torch.tensor([500.0]), given)
+    assert guesses[-1] == guesses[-2] > 0
     single = Request(shape, TOKENS, 0, dtype_bytes=4)
     assert 0 < Measured.load().seconds(layout, single, machine(TWO.devices)) < 10
 

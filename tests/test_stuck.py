@@ -171,6 +171,32 @@ def test_a_step_many_times_longer_than_any_before_is_not_ended(ready, impatient,
     assert ready.pids == pids
 
 
+def test_a_guess_lengthens_limits_and_never_shortens_one():
+    learned = Deadlines()
+    for longest in (0.0, 2.0, 30.0, 400.0):
+        learned.learn("Sample", longest, done=longest > 0)
+        without = learned.limits("Sample")
+        for guess in (0.001, 1.0, 50.0, 1000.0):
+            limits = learned.limits("Sample", guess)
+            assert limits.wait >= max(without.wait, deadlines.WAIT_STEPS * guess)
+            assert limits.cancel >= max(without.cancel, deadlines.CANCEL_SECONDS + guess)
+            assert limits.work >= max(without.work, deadlines.WORK_STEPS * guess)
+            assert limits.work >= 20 * max(guess, longest), "a step 20 times as long as thought, or as seen"
+
+
+def test_a_step_that_was_thought_to_be_short_is_not_ended(ready, impatient):
+    ready.call(do("nothing"), guess=0.01)
+    pids = ready.pids
+    ready.call(do("compute", rank=1, seconds=4.0), guess=0.01)
+    assert ready.pids == pids
+
+
+def test_a_step_that_was_thought_to_be_long_is_waited_for(ready, impatient):
+    pids = ready.pids
+    ready.call(do("sleep", rank=1, seconds=4.0), guess=4.0)
+    assert ready.pids == pids
+
+
 def test_the_same_step_is_ended_when_nobody_works(ready, impatient):
     with pytest.raises(WorkerDied, match="nobody has computed"):
         ready.call(do("sleep", rank=1, seconds=LONG))

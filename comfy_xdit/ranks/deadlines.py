@@ -41,7 +41,7 @@ class Deadlines:
         """The limits of a call of this `kind`.
 
         Args:
-            guess: seconds that a step may take, as far as the caller knows; for a first call.
+            guess: seconds that a step may take, as far as the caller knows. It can only lengthen.
         """
         first = kind not in self._known
         seen = self._longest.get((kind, first), 0.0)
@@ -50,7 +50,7 @@ class Deadlines:
         return Limits(
             wait=max(wait, WAIT_STEPS * longest),
             work=max(work, WORK_STEPS * longest),
-            cancel=CANCEL_SECONDS + (longest or FIRST_STEP_SECONDS),
+            cancel=CANCEL_SECONDS + max(seen or FIRST_STEP_SECONDS, guess or 0.0),
         )
 
     def learn(self, kind: str, seconds: float, done: bool) -> None:

@@ -85,7 +85,7 @@ class WorkerGroup:
                 (a number that grows when the ranks remember nothing: with every start, for one).
             on_progress: gets every Progress of the ranks.
             interrupted: asked about 20 times a second whether the person wants to stop.
-            guess: seconds a step may take, where the caller knows; counts until one has been seen.
+            guess: seconds a step may take, where the caller knows; counts where it is longer than any seen.
 
         Raises:
             InvalidInput: the ranks refused the input; they are as before.

@@ -23,7 +23,7 @@ from comfy_xdit.protocol.messages import (
     Progress,
     Sample,
 )
-from comfy_xdit.protocol.parallel import ParallelConfig
+from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
 from comfy_xdit.protocol.spec import IPAdapterFile, LoraFile
 from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.base import Interrupt, Remote
@@ -116,7 +116,7 @@ class RemoteModel(Remote):
             )
 
         try:
-            output = self._call(message, interrupted=interrupted).value
+            output = self._call(message, interrupted=interrupted, guess=self._guess(x)).value
         except BaseException:
             self.sent.reset()
             sent_patches[self.parallel].reset()
@@ -158,8 +158,12 @@ class RemoteModel(Remote):
             patches = sent_patches[self.parallel].refer(request.patches, generation)
             return replace(request, patches=patches, warmup_steps=self.parallel.warmup_steps)
 
+        steps = len(request.sigmas) - 1
+        loop = (request.negative is not None, request.sampler, steps)
+        guess = self._guess(request.latent, *loop)
         try:
-            latent = self._call(message, on_progress=on_progress, interrupted=interrupted).value
+            options = {"on_progress": on_progress, "interrupted": interrupted, "guess": guess}
+            latent = self._call(message, **options).value
         except Interrupted:  # at a step boundary: everything had arrived
             raise
         except BaseException:
@@ -167,20 +171,32 @@ class RemoteModel(Remote):
             raise
         added = request.positive_nets or request.negative_nets or request.image_prompts
         if "ref_latents" not in request.positive and not added:
-            steps = len(request.sigmas) - 1
-            self._note(Sample, request.latent, request.negative is not None, request.sampler, steps)
+            self._note(Sample, request.latent, *loop)
         return latent
 
     def _note(self, word: type, latent: torch.Tensor, *loop: Any) -> None:
         """The last call of this kind teaches the planner."""
-        if not self.info:  # of a handle that called without loading
-            return
-        described = self.described()
-        if described.comfyui:  # whose shape says nothing of its time yet
+        described = self._timed()
+        if described is None:
             return
         group = worker_group(self.parallel)
         timing = group.timings.get(word.__name__)
         self.calls.note(described, group.parallel, timing, tuple(latent.shape), *loop)
+
+    def _guess(self, latent: torch.Tensor, *loop: Any) -> float | None:
+        """Seconds that a step may take, where the planner knows."""
+        described = self._timed()
+        if described is None or not described.latent.fits(latent) or not latent.numel():
+            return None  # what is wrong with such a latent the ranks say
+        parallel = self.parallel.check(available_devices())
+        return self.calls.guess(described, parallel, tuple(latent.shape), *loop)
+
+    def _timed(self) -> ModelDescription | None:
+        """The description, if the planner can tell a time from it."""
+        if not self.info:  # of a handle that called without loading
+            return None
+        described = self.described()
+        return None if described.comfyui else described  # of such a class the shape says nothing yet
 
 
 def _refuse_pipefusion(parallel: ParallelConfig, control: Any) -> None:
