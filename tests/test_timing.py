@@ -88,8 +88,8 @@ def test_a_clock_counts_what_is_within_once():
     assert clock.read() == 0
 
 
-def test_a_clock_costs_less_than_a_thousandth_of_a_small_exchange():
-    """One on gloo takes 200 microseconds and more."""
+def test_a_clock_costs_next_to_nothing():
+    """The smallest exchange on gloo takes 180 microseconds (docs/performance.md)."""
     clock, times = Clock(), []
     for _ in range(20):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where the time of a command goes in this rank: counted where it goes, at half a microsecond each time."""
+"""Where the time of a command goes in this rank: counted where it goes, at about a microsecond each time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A rank's log: JSON lines in a file of bounded size that the host names.
 
-How long each command took and how it ended, errors whole, and what libraries warn of. No prompt and no
-picture, but where an error quotes one.
+How long each command took and how it ended, errors whole, and what libraries hand to Python's root logger
+from warnings on. No prompt and no picture, but where an error quotes one.
 """
 
 from __future__ import annotations
