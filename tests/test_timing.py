@@ -69,8 +69,10 @@ def test_a_single_call_is_split_as_well(tiny_models):
         for _ in range(2):
             group.call(call)
             last = group.timings["Denoise"]
-            assert last.steps == 1 and last.communication > 0 and last.reporting == 0
-    assert sums["Denoise"].steps == 2 and sums["Denoise"].host > last.host > 0
+            assert (last.steps, last.calls) == (0, 1)
+            assert last.communication > 0 and last.reporting == 0
+    assert sums["Denoise"].calls == 2 and sums["Denoise"].host > last.host > 0
+    assert sums["Denoise"].describe().startswith("2 calls of ")
 
 
 def test_a_clock_counts_what_is_within_once():
@@ -128,4 +130,4 @@ def test_a_ledger_adds_what_happens_within():
         with book.sums() as inner:
             book.note("Load", Timing(2.0, 1.5, sent=2))
     book.note("Load", Timing(9.0, 9.0))
-    assert outer["Load"] == Timing(3.0, 2.0, sent=3, steps=2) and inner["Load"] == Timing(2.0, 1.5, sent=2)
+    assert outer["Load"] == Timing(3.0, 2.0, sent=3, calls=2) and inner["Load"] == Timing(2.0, 1.5, sent=2)

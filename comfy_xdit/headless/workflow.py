@@ -55,7 +55,8 @@ class Finished:
         for node, seconds in self.seconds.items():
             calls = self.calls[node]
             here = seconds - sum(timing.host for timing in calls.values())
-            yield f"node {node}: {seconds:.2f} s, {here:.2f} of it outside of the ranks"
+            outside = f"{here:.2f} of it outside of calls to the ranks (their start, files)"
+            yield f"node {node}: {seconds:.2f} s, {outside}"
             for kind, timing in calls.items():
                 yield f"  {kind}: {timing.describe()}"
 

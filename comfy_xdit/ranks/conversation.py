@@ -56,8 +56,8 @@ class Conversation:
 
     @property
     def steps(self) -> int:
-        """How many steps the ranks told of; 1 where they do not tell."""
-        return 1 if self._step is None else self._step.step
+        """How many steps the ranks told of."""
+        return 0 if self._step is None else self._step.step
 
     @property
     def longest(self) -> float:

@@ -19,7 +19,7 @@ class Timing:
         communication: of the first rank's time, in exchanges with other ranks and waiting for them, as
             far as no work hides it; None where it is not measured (a GPU without XDIT_TIMINGS=1).
         reporting: of the first rank's time, in telling the host of steps.
-        steps: that it told of; 1 of a call without any.
+        steps: that it told of; 0 of a call that has none.
     """
 
     host: float
@@ -28,7 +28,8 @@ class Timing:
     received: int = 0
     communication: float | None = 0.0
     reporting: float = 0.0
-    steps: int = 1
+    steps: int = 0
+    calls: int = 1
 
     @classmethod
     def of(cls, host: float, results: Sequence[Result], sent: int, received: int, steps: int) -> Timing:
@@ -53,18 +54,21 @@ class Timing:
         return Timing(
             self.host + other.host, self.rank + other.rank,
             self.sent + other.sent, self.received + other.received,
-            communication, self.reporting + other.reporting, self.steps + other.steps,
+            communication, self.reporting + other.reporting,
+            self.steps + other.steps, self.calls + other.calls,
         )  # fmt: skip
 
     def describe(self) -> str:
-        """In words, by step."""
-        compute, bridge = (1000 * part / self.steps for part in (self.compute, self.bridge))
+        """In words, by step, or by call where there are none."""
+        count = self.steps or self.calls
+        compute, bridge = (1000 * part / count for part in (self.compute, self.bridge))
         if self.communication is None:
             parts = f"compute with communication {compute:.1f} (XDIT_TIMINGS=1 tells them apart)"
         else:
-            parts = f"compute {compute:.1f}, communication {1000 * self.communication / self.steps:.1f}"
-        whole = f"{self.steps} steps of " if self.steps > 1 else ""
-        return f"{whole}{1000 * self.host / self.steps:.1f} ms: {parts}, bridge {bridge:.1f}"
+            parts = f"compute {compute:.1f}, communication {1000 * self.communication / count:.1f}"
+        unit = "steps" if self.steps else "calls"
+        whole = f"{count} {unit} of " if count > 1 else ""
+        return f"{whole}{1000 * self.host / count:.1f} ms: {parts}, bridge {bridge:.1f}"
 
 
 class Ledger:

@@ -129,6 +129,8 @@ def test_the_status_says_what_runs(run_node, model):
     assert "2 ranks, ulysses_degree 2" in text
     assert "rank 1 (pid" in text and "tiny_sd3.safetensors (transformer, " in text
     assert "last Denoise: " in text and " sent, " in text
+    assert " ms: compute " in text and ", communication " in text and ", bridge " in text
+    assert "Logs of these ranks: " in text
     assert "differs from those known" not in text
 
 
