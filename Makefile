@@ -30,13 +30,9 @@ parity: $(VENV)/.ready
 simulate: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.simulation
 
+# All of it, about 20 minutes on two idle cores; some of it: make bench PARTS="seam twin"
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.bridge
-	$(BIN)/python -m benchmarks.steps
-	$(BIN)/python -m benchmarks.sharding
-	$(BIN)/python -m benchmarks.traffic
-	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.vae
+	$(BIN)/python -m benchmarks $(PARTS)
 
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
 # One environment per checkout: each wants its own front end.

@@ -31,6 +31,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"512 KiB": 512 * KIB, "4 MiB": 4 * MIB, "64 MiB": 64 * MIB}
 ROUNDS = {"512 KiB": 200, "4 MiB": 60, "64 MiB": 8}
 RANKS = (1, 2, 4)
+LIMIT = 1.5  # ms: of 512 KiB at two ranks
 Trip = Callable[[torch.Tensor], None]
 
 
@@ -166,6 +167,9 @@ def main() -> None:
         results[ranks] = measure(ranks)
         for way, medians in results[ranks].items():
             print(f"{ranks:>5}  {way:14}" + "".join(f"{medians[size]:>10.2f}" for size in SIZES))
+    found = results[2]["bridge"]["512 KiB"]
+    said = "held" if found <= LIMIT else "OVER THE LIMIT"
+    print(f"512 KiB over the bridge to two ranks and back: {found:.2f} ms; limit {LIMIT}: {said}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=1))
 
