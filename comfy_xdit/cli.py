@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--families", action="store_true", help="which of its classes are proven to run on several ranks"
     )
     doctor.add_argument(
-        "--prove", action="store_true", help="with --families: prove the others now (minutes)"
+        "--prove", nargs="*", metavar="CLASS", help="with --families: prove these now, or all (minutes)"
     )
     doctor.set_defaults(command=_doctor)
     return parser
@@ -154,7 +154,7 @@ def _plan(chosen: argparse.Namespace) -> int:
 def _doctor(chosen: argparse.Namespace) -> int:
     from comfy_xdit.doctor import examine, own_comfyui
 
-    if chosen.families or chosen.prove:
+    if chosen.families or chosen.prove is not None:
         from comfy_xdit import families
 
         for line in families.lines(chosen.comfyui or own_comfyui(), chosen.prove):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from comfy_xdit.protocol import proofs
@@ -17,22 +17,23 @@ RANKS = 2
 METHODS = {proofs.TOKENS: "Ulysses and Ring", proofs.PATCHES: "PipeFusion"}
 
 
-def lines(folder: Path | None, prove: bool = False) -> Iterator[str]:
+def lines(folder: Path | None, prove: Sequence[str] | None = None) -> Iterator[str]:
     """A line for each kind of call of each class.
 
     Args:
         folder: of the ComfyUI; None is refused.
-        prove: what is not proven, on two ranks; else what is remembered is shown, and nothing starts.
+        prove: these classes, or without a name all, as far as they are not proven, on two ranks; None shows
+            what is remembered, and starts nothing.
 
     Raises:
-        InvalidInput: no ComfyUI is there.
+        InvalidInput: no ComfyUI is there, or a class has no plan.
     """
     if folder is None:
         raise InvalidInput("this pack is in no ComfyUI; name one with --comfyui FOLDER.")
     host = HostComfyUI.at(folder)
     yield f"ComfyUI {host.version} in {host.root}: relative L2 of {RANKS} ranks to one, tiny models in fp32"
-    if prove:
-        yield from _proven_now(host)
+    if prove is not None:
+        yield from _proven_now(host, prove)
         return
     found = sorted(
         proofs.known(host), key=lambda proof: (proof.name, proof.attention, proof.method != proofs.TOKENS)
@@ -60,11 +61,16 @@ def _words(outcome: Kind) -> str:
     return f"proven: {outcome.error:.0e} ({outcome.deaf:.0e} without the others' keys)"
 
 
-def _proven_now(host: HostComfyUI) -> Iterator[str]:
+def _proven_now(host: HostComfyUI, names: Sequence[str]) -> Iterator[str]:
     devices = () if len(available_devices()) >= RANKS else ("cpu",) * RANKS
     group = WorkerGroup(ParallelConfig(ulysses_degree=RANKS, devices=devices))
     try:
-        for name in group.call(Prove(host)).value:
+        planned = group.call(Prove(host)).value
+        if unknown := [name for name in names if name not in planned]:
+            raise InvalidInput(
+                f"there is no plan for {', '.join(unknown)}; choose among {', '.join(planned)}."
+            )
+        for name in names or planned:
             try:
                 for proof in group.call(Prove(host, name)).value:
                     yield from rows(Proof.of(proof))

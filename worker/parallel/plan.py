@@ -262,6 +262,10 @@ class Plan:
         return tuple(dict.fromkeys(name for one in each for name in one.streams.split()))
 
 
+# The remedy for what a call brings that cannot be split.
+INSTEAD = "choose cfg_parallel_degree or data_parallel_degree in place of ulysses_degree and ring_degree"
+
+
 class PlanMismatch(InvalidInput):
     """The model is not the one its plan was written for, or brings what cannot be split."""
 

@@ -17,7 +17,18 @@ from worker.parallel.attention.blockwise import WithLogSumExp
 from worker.parallel.attention.exchange import Exchange, FirstProductSummed
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts
-from worker.parallel.plan import Attend, Blocks, Carrier, Grid, Plan, PlanMismatch, Region, Tokens, Voxels
+from worker.parallel.plan import (
+    INSTEAD,
+    Attend,
+    Blocks,
+    Carrier,
+    Grid,
+    Plan,
+    PlanMismatch,
+    Region,
+    Tokens,
+    Voxels,
+)
 
 Values = dict[str, Any]
 
@@ -151,8 +162,7 @@ class SpreadTokens:
             if output is not None and attention.calls == 0 and not skipped:
                 raise PlanMismatch(
                     f"no attention of {type(module).__name__} in {self.name} came to the seam, so its tokens "
-                    "would attend to this rank's alone; choose PyTorch's attention, or cfg_parallel_degree "
-                    "or data_parallel_degree in place of ulysses_degree and ring_degree"
+                    f"would attend to this rank's alone; choose PyTorch's attention, or {INSTEAD}"
                 )
 
         def before(*_: Any) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 scaled_dot_product_attention = F.scaled_dot_product_attention
 # (query, key, value) of (B, heads, n, width) to the attention and the log-sum-exp (B, heads, n).
 WithLogSumExp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+HALF = (torch.float16, torch.bfloat16)
 BIAS_ALIGNMENT = 16  # elements: CUDA's efficient attention wants rows of a bias to begin at a multiple
 
 
@@ -23,12 +24,13 @@ class Blockwise:
     Args:
         query: (B, heads, n, width).
         scale: of the scores; none is width ** -0.5.
-        kernel: a faster one for blocks without a bias, if there is one.
+        kernel: a faster one for blocks without a bias, if there is one; it takes half precision only.
     """
 
     def __init__(self, query: torch.Tensor, scale: float | None, kernel: WithLogSumExp | None = None):
         self._query, self._scale = query, scale
-        self._kernel = kernel if scale in (None, query.shape[-1] ** -0.5) else None
+        fits = query.dtype in HALF and scale in (None, query.shape[-1] ** -0.5)
+        self._kernel = kernel if fits else None
         self._out = self._lse = torch.empty(0)
         self._empty = True
 
@@ -63,7 +65,10 @@ def with_log_sum_exp(
     bias: torch.Tensor | None,
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention (B, heads, n, width) and the log-sum-exp (B, heads, n) of its scores."""
+    """Attention (B, heads, n, width) and the log-sum-exp (B, heads, n) of its scores.
+
+    Scores are fp32 whatever the dtype, as ComfyUI's `attn_precision` asks for with some models.
+    """
     aten = torch.ops.aten
     if bias is not None:
         # A block of which a row may see nothing must weigh nothing beside the others, not be undefined.

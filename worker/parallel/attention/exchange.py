@@ -14,7 +14,7 @@ from worker.parallel.attention.kept_keys import Kept, KeptKeys
 from worker.parallel.attention.usp import USP, Order
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Part, Parts, Shard
-from worker.parallel.plan import WHOLE, Attend, PlanMismatch
+from worker.parallel.plan import INSTEAD, WHOLE, Attend, PlanMismatch
 
 
 class Exchange:
@@ -217,7 +217,12 @@ class ModuleAttention:
         if not masks:
             raise PlanMismatch(
                 f"a mask over {mask.shape[-1]} keys where there are {sum(part.length for part in keys)} "
-                f"({streams})"
+                f"({streams}); {INSTEAD}"
+            )
+        if mask.shape[1] > 1 and not torch.equal(mask, mask[:, :1].expand_as(mask)):
+            raise PlanMismatch(
+                f"a mask of this rank's {mask.shape[-1]} keys ({streams}) that is another one for each of "
+                f"{mask.shape[1]} heads, of which the whole is not known; {INSTEAD}"
             )
         if streams in masks:  # of the whole sequence already
             given = masks[streams].reshape(-1, 1, 1, masks[streams].shape[-1])
@@ -285,7 +290,7 @@ class ModuleAttention:
         length = sum(part.length for part in queries)
         if mask.shape[-2] != length:
             raise PlanMismatch(
-                f"a mask for {mask.shape[-2]} queries where there are {length} ({attend.query})"
+                f"a mask for {mask.shape[-2]} queries where there are {length} ({attend.query}); {INSTEAD}"
             )
         order = exchange.order(attend.query, queries, mask.device).of(mesh.block(mesh.ring_rank))
         return cut.index_select(-2, order)

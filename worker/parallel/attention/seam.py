@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from worker.parallel.attention.blockwise import scaled_dot_product_attention
-from worker.parallel.plan import PlanMismatch
+from worker.parallel.plan import INSTEAD, PlanMismatch
 
 
 class Attending(Protocol):
@@ -78,7 +78,9 @@ def _torch_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if is_causal or dropout_p:
-        raise PlanMismatch("attention that is causal or drops out is not split over ranks")
+        raise PlanMismatch(f"attention that is causal or drops out is not split over ranks; {INSTEAD}")
+    if attn_mask is not None:  # (heads, queries, keys) or (queries, keys) too
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
     if enable_gqa and key.shape[1] != query.shape[1]:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
 

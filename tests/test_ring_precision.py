@@ -1,0 +1,78 @@
+"""The scores of a ring's attention are fp32 in every dtype: what ComfyUI's `attn_precision` asks for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from worker.parallel.attention import Blockwise
+
+TOKENS, WIDTH = 70, 64
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+
+
+def heads(dtype: torch.dtype, size: float, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """Query, key and value; `size` of query and key."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, 2, TOKENS, WIDTH, generator=generator) for _ in range(3))
+    return tuple(tensor.to(device, dtype) for tensor in (query * size, key * size, value))
+
+
+def plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: torch.dtype, dtype: torch.dtype
+) -> torch.Tensor:
+    """Attention in plain words, its scores in one dtype and its sums in another."""
+    found = query.to(scores) @ key.to(scores).mT * WIDTH**-0.5
+    return found.softmax(-1).to(dtype) @ value.to(dtype)
+
+
+def ring(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int, biased: bool
+) -> torch.Tensor:
+    result = Blockwise(query, None)
+    for span in torch.arange(TOKENS).chunk(blocks):
+        bias = query.new_zeros(1, 1, 1, len(span)) if biased else None
+        result.add(key[:, :, span], value[:, :, span], bias)
+    return result.result
+
+
+def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_as_exact_as_with_scores_in_fp32(dtype: torch.dtype, blocks: int, biased: bool, device: str):
+    given = heads(dtype, 2.5, device)
+    wanted = plain(*given, torch.float64, torch.float64)
+    upcast, rounded = (off(plain(*given, scores, dtype), wanted) for scores in (torch.float32, dtype))
+
+    assert off(ring(*given, blocks, biased), wanted) <= 1.5 * upcast
+    assert rounded >= 2 * upcast, "or the figure above would say nothing of scores"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scores_beyond_fp16_are_no_infinity(device: str):
+    given = heads(torch.float16, 60.0, device)
+    assert not plain(*given, torch.float16, torch.float16).isfinite().all()
+    wanted = plain(*given, torch.float64, torch.float64)
+
+    assert off(ring(*given, 2, False), wanted) <= 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "called"), [(torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 1)])
+def test_a_kernel_of_half_precision_is_not_given_fp32(dtype: torch.dtype, called: int):
+    calls = []
+
+    def kernel(query: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(query.dtype)
+        return query, query[..., 0]
+
+    query, key, value = heads(dtype, 1.0)
+    Blockwise(query, None, kernel).add(key, value, None)
+    assert calls == [dtype] * called
