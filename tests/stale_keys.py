@@ -42,12 +42,16 @@ class StaleKeys:
         self._tokens, self._kept, self._running = tokens, {}, []
         self.group = 0  # which rows are computed
         self.fresh: range | None = None  # tokens of the picture that the call brings; None is all
-        orders = ORDERS[type(model).__name__]
         for name, module in model.named_modules():
-            last = name.rpartition(".")[2]
-            if name.startswith(BLOCKS) and name.count(".") == 2 and last in orders:
-                module.register_forward_pre_hook(lambda *_, at=(name, orders[last]): self._running.append(at))
+            if order := self._order(type(model).__name__, name):
+                module.register_forward_pre_hook(lambda *_, at=(name, order): self._running.append(at))
                 module.register_forward_hook(lambda *_: self._running.pop() and None)
+
+    @staticmethod
+    def _order(model: str, name: str) -> str:
+        """How the attention between tokens in a module joins its streams; "" where none is."""
+        at_home = name.startswith(BLOCKS) and name.count(".") == 2
+        return ORDERS[model].get(name.rpartition(".")[2], "") if at_home else ""
 
     @contextmanager
     def catching(self) -> Iterator[None]:

@@ -112,6 +112,26 @@ def test_two_ranks_equal_stock(run_node, file, degrees):
     assert relative_l2(call(ours, 2), call(stock, 2)) <= 1e-5
 
 
+def test_two_stages_equal_stock(run_node, file):
+    """A whole run of which every step is warm-up; each stage holds its blocks in the file's format."""
+    if not reads(file):
+        pytest.skip("this ComfyUI does not read the format")
+    stock, ours = load(run_node, file, pipefusion_degree=2, warmup_steps=99)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [[[torch.randn(1, tokens, 40, generator=generator), {}]] for tokens in (11, 7)]
+
+    latents = []
+    for model, node in ((ours, "XDiTSampler"), (stock, "KSampler")):
+        (latent,) = run_node(
+            node, model=model, seed=7, steps=2, cfg=3.0, sampler_name="euler", scheduler="simple",
+            denoise=1.0, positive=prompts[0], negative=prompts[1],
+            latent_image={"samples": torch.zeros(1, 16, 3, 10, 14)},
+        )  # fmt: skip
+        latents.append(latent["samples"])
+
+    assert relative_l2(*latents) <= 1e-5
+
+
 def test_a_lora_is_rounded_as_stock_rounds_it(comfyui, run_node, file):
     """Converted from the layer's format, patched and converted back, with ComfyUI's own random numbers."""
     if not reads(file):

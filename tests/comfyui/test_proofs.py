@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,21 +18,23 @@ from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import HostComfyUI, ModelSpec
 from comfy_xdit.ranks.registry import running_groups, worker_group
 from comfy_xdit.remote.model import RemoteModel
+from tests.comfyui.changed_copy import changed_copy
 from tests.comfyui.tiny_classes import write
 from worker.models.comfyui.cases import CASES, Draw
 
 TWO = ParallelConfig(ulysses_degree=2, devices=("cpu", "cpu"))
 # In a copy: tokens that see each other between blocks, behind every name a plan knows; and a second rank that
 # fails alone once its tokens are fewer than all (46), while the first waits for it in an exchange.
+BLOCK = "            x = block(x, y, t0, y_lens, (H, W), **kwargs)  # (N, T, D)\n"
+BLOCKS = "        for i, block in enumerate(self.single_blocks):\n"
 CHANGES = {
-    "pixart/pixartms.py": (
-        "            x = block(x, y, t0, y_lens, (H, W), **kwargs)  # (N, T, D)\n",
-        "            x = x + x.mean(1, keepdim=True)\n",
-    ),
+    "pixart/pixartms.py": ((BLOCK, f"{BLOCK}            x = x + x.mean(1, keepdim=True)\n"),),
     "chroma/model.py": (
-        "        for i, block in enumerate(self.single_blocks):\n",
-        "            if __import__('os').environ['RANK'] == '1' and img.shape[1] < 40:\n"
-        "                raise RuntimeError('this rank alone')\n",
+        (
+            BLOCKS,
+            f"{BLOCKS}            if __import__('os').environ['RANK'] == '1' and img.shape[1] < 40:\n"
+            "                raise RuntimeError('this rank alone')\n",
+        ),
     ),
 }
 
@@ -42,20 +42,10 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def host(comfyui, tmp_path_factory) -> Iterator[HostComfyUI]:
     """A copy of this ComfyUI whose models were changed, with its version number as it was."""
-    root, original = tmp_path_factory.mktemp("changed") / "ComfyUI", Path(os.environ["COMFYUI_DIR"])
-    root.mkdir()
-    for entry in original.iterdir():
-        if entry.name != "comfy":
-            (root / entry.name).symlink_to(entry)
-    shutil.copytree(original / "comfy", root / "comfy", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, (line, behind) in CHANGES.items():
-        file = root / "comfy" / "ldm" / name
-        text = file.read_text()
-        assert line in text
-        file.write_text(text.replace(line, line + behind))
+    changed = changed_copy(tmp_path_factory.mktemp("changed"), CHANGES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(remembered.FOLDER, str(tmp_path_factory.mktemp("cache")))
-        yield HostComfyUI.at(root)
+        yield changed
     end_ranks()
 
 
