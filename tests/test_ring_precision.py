@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from worker.parallel import seam
 from worker.parallel.attention import Blockwise
+from worker.parallel.exchange import Exchange
+from worker.parallel.mesh import Mesh
+from worker.parallel.parts import Parts
+from worker.parallel.plan import Attend
 
 TOKENS, WIDTH = 70, 64
 DEVICES = [
@@ -76,3 +83,23 @@ def test_a_kernel_of_half_precision_is_not_given_fp32(dtype: torch.dtype, called
     query, key, value = heads(dtype, 1.0)
     Blockwise(query, None, kernel).add(key, value, None)
     assert calls == [dtype] * called
+
+
+def test_ulysses_hands_on_what_a_class_asks_of_its_attention():
+    """There one rank sees all keys, and calls ComfyUI's own attention."""
+    asked = []
+
+    def original(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+        asked.append(options.get("attn_precision"))
+        return plain(q, k, v, torch.float32, q.dtype)
+
+    parts = Parts(1, 0)
+    parts.bring("image", TOKENS)
+    attention = Exchange(parts, Mesh()).module((Attend("image"),))
+    query, key, value = heads(torch.float16, 1.0)
+    seam.begin(attention)
+    try:
+        seam.catching(original)(query, key, value, 2, skip_reshape=True, attn_precision=torch.float32)
+    finally:
+        seam.end()
+    assert asked == [torch.float32]
