@@ -70,6 +70,7 @@ def host(comfyui, tmp_path_factory) -> Iterator[HostComfyUI]:
     changed = changed_copy(tmp_path_factory.mktemp("changed"), CHANGES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(remembered.FOLDER, str(tmp_path_factory.mktemp("cache")))
+        end_ranks()  # of other tests, which have imported another ComfyUI
         yield changed
     end_ranks()
 
