@@ -1,7 +1,7 @@
 """What it costs to see whether a node changed the inside of a twin: part of `make bench`.
 
-The check of comfy_xdit/comfy_types/original.py, on a transformer of a thousand modules without memory. It
-needs no ComfyUI. Every call of the transformer makes the short one, every run the whole one.
+The check of comfy_xdit/comfy_types/model/original.py, on a transformer of a thousand modules without memory.
+It needs no ComfyUI. Every call of the transformer makes the short one, every run the whole one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from comfy_xdit.comfy_types.original import TRANSFORMER, Original
+from comfy_xdit.comfy_types.model.original import TRANSFORMER, Original
 
 LIMIT = 0.3  # ms per call, at MODULES
 MODULES = 1000

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from worker.parallel import seam
-from worker.parallel.attention import Blockwise
-from worker.parallel.exchange import Exchange
+from worker.parallel.attention import seam
+from worker.parallel.attention.blockwise import Blockwise
+from worker.parallel.attention.exchange import Exchange
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts
 from worker.parallel.plan import Attend

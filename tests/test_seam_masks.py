@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from worker.parallel.exchange import Exchange, ModuleAttention
+from worker.parallel.attention.exchange import Exchange, ModuleAttention
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts
 from worker.parallel.plan import INSTEAD, Attend, Blocks, Plan, PlanMismatch, Region, Tokens

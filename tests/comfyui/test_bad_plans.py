@@ -21,8 +21,7 @@ from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui.changed_copy import changed_copy
 from tests.comfyui.inputs import relative_l2
 from tests.comfyui.tiny_classes import module_of, write
-from worker.models.comfyui.cases import CASES
-from worker.models.comfyui.draw import Draw
+from worker.models.comfyui.cases import CASES, Draw
 
 TWO = ParallelConfig(ulysses_degree=2, devices=("cpu", "cpu"))
 RIGHT = "auraflow"
