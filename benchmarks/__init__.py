@@ -3,5 +3,6 @@
 import os
 import tempfile
 
-_CACHE = tempfile.TemporaryDirectory(prefix="comfy_xdit_bench_")
-os.environ.setdefault("XDIT_CACHE_DIR", _CACHE.name)
+if "XDIT_CACHE_DIR" not in os.environ:  # ranks inherit it: one that is killed could not remove its own
+    _CACHE = tempfile.TemporaryDirectory(prefix="comfy_xdit_bench_")
+    os.environ["XDIT_CACHE_DIR"] = _CACHE.name

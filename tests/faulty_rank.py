@@ -2,68 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import subprocess
-import sys
 import time
-import warnings
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Denoise, Ready, Sample
 from comfy_xdit.protocol.rpc import Invitation, Rank
 from comfy_xdit.protocol.spec import ModelSpec
+from tests.deeds import be_ended, compile_for, compute, fail, hang, hang_with_the_interpreter
 from worker.__main__ import run
 from worker.loop import Run, serve
 
 NOTHING = torch.zeros(1)
-FOREVER = 100_000
 
 
 def do(what: str, *, rank: int | None = None, **words: Any) -> Denoise:
     """The message that has `rank` (default: all) do `what`, while the others wait for it."""
     conditions = {"do": what, "rank": rank, **words}
     return Denoise(ModelSpec("", "transformer"), NOTHING, NOTHING, conditions)
-
-
-def hang() -> None:
-    """Without using anything, as a driver or a lock that never comes."""
-    time.sleep(FOREVER)
-
-
-def hang_with_the_interpreter() -> None:
-    """As `hang`, in C code that holds the GIL."""
-    ctypes.PyDLL(None).sleep(FOREVER)
-
-
-def compute(seconds: float) -> None:
-    """One long step."""
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        sum(range(1000))
-
-
-def compile_for(seconds: float) -> None:
-    """A child computes, as a compiler does, and the rank waits for it."""
-    words = f"import time; end = time.time() + {seconds}\nwhile time.time() < end: sum(range(1000))"
-    subprocess.run([sys.executable, "-c", words], check=True)
-
-
-def fail(kind: str, text: str, times: int) -> None:
-    """Raise."""
-    kinds = {"ValueError": ValueError, "InvalidInput": InvalidInput, "OutOfMemory": torch.OutOfMemoryError}
-    raise kinds[kind](text * times)
-
-
-def be_ended(number: int) -> None:
-    """By a signal, after some words of libraries."""
-    warnings.warn("`torch.something` is deprecated", FutureWarning, stacklevel=1)
-    os.kill(os.getpid(), number)
 
 
 DEEDS = {

@@ -7,31 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from comfy_xdit.protocol.errors import WorkerDied
 from comfy_xdit.protocol.messages import Load, Result
 from comfy_xdit.protocol.rpc import Event, Host, Rank
 from comfy_xdit.protocol.shared_memory import HEADER_BYTES, Segment
-from comfy_xdit.protocol.signed import Signer
 from comfy_xdit.protocol.spec import ModelSpec
+from tests.rogue import Rogue
 
 SECONDS = 20.0  # for a message to arrive, on a busy machine
 WORLD = 2
-
-
-class Rogue:
-    """Another process of the machine: it has found the port, and knows the secret if it is given."""
-
-    def __init__(self, host: Host):
-        invitation = host.invitation(0)
-        self.store = dist.TCPStore("127.0.0.1", invitation.port, None, False)
-        self.signer = Signer(invitation.secret)
-
-    def push(self, queue: str, route: str, number: int, **head: Any) -> None:
-        """Put a signed message into a queue."""
-        whole = {"job": 1, "body": None, "tensors": []} | head
-        self.store.queue_push(queue, self.signer.seal(route, number, whole))
 
 
 @pytest.fixture

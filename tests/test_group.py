@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks.group import WorkerGroup
 from tests import tiny
+from tests.waiting import ends_within
 
 ROOT = Path(__file__).parent.parent
 TWO = ParallelConfig(ulysses_degree=2)
@@ -43,20 +43,6 @@ def long_run(model, steps: int = 400) -> Sample:
     sigmas = torch.linspace(1.0, 0.0, steps + 1)
     spec = ModelSpec.of(model.file, "transformer")
     return Sample(spec, "euler", sigmas, noise * 0, noise, 1.0, given, None, sigmas * 1000, previews=True)
-
-
-def ends_within(pid: int, seconds: float) -> bool:
-    """True when the process is gone (or a zombie) within `seconds`; waits on the process itself."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    try:
-        return bool(poll.poll(seconds * 1000))
-    finally:
-        os.close(descriptor)
 
 
 def test_progress_and_previews_stream(group, tiny_models):

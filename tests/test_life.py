@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +16,7 @@ from comfy_xdit.ranks.group import WorkerGroup
 from comfy_xdit.ranks.registry import holders, running_groups, worker_group
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
+from tests.waiting import within
 from worker.store import BUDGET, ModelStore
 
 ONE, TWO = ParallelConfig(), ParallelConfig(ulysses_degree=2)
@@ -42,15 +42,6 @@ def denoise(remote: RemoteModel, model: tiny.TinyModel) -> torch.Tensor:
 def status(parallel: ParallelConfig) -> list[dict]:
     group = worker_group(parallel)
     return [group.call(Status(), ranks=(rank,)).value for rank in range(group.parallel.world_size)]
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.fixture(scope="module")

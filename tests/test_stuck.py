@@ -30,6 +30,7 @@ from comfy_xdit.ranks import deadlines, registry
 from comfy_xdit.ranks.deadlines import Deadlines
 from comfy_xdit.ranks.group import WorkerGroup
 from tests.faulty_rank import do
+from tests.waiting import within
 
 TWO = ParallelConfig(ulysses_degree=2)
 SOON = 8.0  # seconds: what is immediate, on a machine that others use too
@@ -57,15 +58,6 @@ def impatient(monkeypatch) -> None:
     monkeypatch.setattr(deadlines, "WORK_SECONDS", 1.5)
     monkeypatch.setattr(deadlines, "CANCEL_SECONDS", 1.0)
     monkeypatch.setattr(deadlines, "FIRST_STEP_SECONDS", 1.0)
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def took(call: Callable[[], Any]) -> float:
