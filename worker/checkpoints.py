@@ -90,11 +90,20 @@ class Checkpoint:
         """How many numbers the files hold."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def tensors(self, mapping: dict[str, Source], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Read every mapped tensor as `dtype`, on CPU. Slices are read, not whole tensors."""
-        return dict(self.stream(mapping, dtype))
+    def tensors(
+        self, mapping: dict[str, Source], dtype: torch.dtype, device: torch.device | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Read every mapped tensor as `dtype`. Slices are read, not whole tensors.
 
-    def stream(self, mapping: dict[str, Source], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        Args:
+            device: where they are to stay, as copies. None: on CPU and maybe as views of the file, which
+                change with it, and which it must not be cut off under: to be used at once.
+        """
+        return dict(self.stream(mapping, dtype, device))
+
+    def stream(
+        self, mapping: dict[str, Source], dtype: torch.dtype, device: torch.device | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """As `tensors`, one after the other in the order of `mapping`.
 
         Raises:
@@ -103,7 +112,8 @@ class Checkpoint:
         with self._opened() as opened:
             for name, source in mapping.items():
                 file, key = self._place[source.key]
-                yield name, _read(opened[file], key, source).to(dtype)
+                tensor = _read(opened[file], key, source)
+                yield name, tensor.to(device or "cpu", dtype, copy=device is not None)
 
     def views(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Every tensor under its name in the file, as a view of the file's memory map; and the metadata.
@@ -134,13 +144,17 @@ class Checkpoint:
         wanted = {key: Source(key) for key in dict.fromkeys(keys) if self.dtypes[key] in FLOATS}
         return next((key for key, t in self.stream(wanted, dtype) if not torch.isfinite(t).all()), None)
 
-    @contextmanager
-    def _opened(self) -> Iterator[dict[Path, safe_open]]:
+    def check_unchanged(self) -> None:
+        """Raise InvalidInput if a file is no longer the one whose header was read."""
         for file, stamp in self._stamps.items():
             if not file.exists() or _stamp(file) != stamp:
                 raise InvalidInput(
                     f"{file} was changed or removed after it was loaded; run the loader node again."
                 )
+
+    @contextmanager
+    def _opened(self) -> Iterator[dict[Path, safe_open]]:
+        self.check_unchanged()
         with ExitStack() as stack:
             opened = {}
             for file in self._files:
@@ -149,6 +163,7 @@ class Checkpoint:
                 except (SafetensorError, OSError) as error:
                     raise InvalidInput(f"{file} cannot be read: {error}; download it again.") from error
             yield opened
+        self.check_unchanged()  # half of one file and half of another is neither
 
     def common_dtype(self) -> torch.dtype:
         """The dtype most tensors have."""

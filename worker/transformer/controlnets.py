@@ -108,7 +108,7 @@ class FittedControlNet:
             InvalidInput: some are not finite.
         """
         mapping = {name: self._mapping[name] for name in self.module.state_dict()}
-        tensors = self._checkpoint.tensors(mapping, self.dtype)
+        tensors = self._checkpoint.tensors(mapping, self.dtype, self._groups.device)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise InvalidInput(

@@ -107,7 +107,8 @@ class IPAdapters:
                 continue
             opened = self._opened.pop(file, None) or self._read_header(file)
             sources = {name: Source(key) for name, key in opened.sources.items()}
-            opened.module.load_state_dict(opened.checkpoint.tensors(sources, self._dtype), assign=True)
+            tensors = opened.checkpoint.tensors(sources, self._dtype, self._device)
+            opened.module.load_state_dict(tensors, assign=True)
             self._loaded[file] = opened.module.to(self._device).eval().requires_grad_(False)
 
     def attach(self, transformer: nn.Module, tokens: SpreadTokens | None) -> None:

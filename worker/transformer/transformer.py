@@ -87,7 +87,7 @@ class Transformer:
         if shards is not None:
             shards.load(self.module, self._checkpoint, self._mapping, self._groups.shard_group, device)
             whole = {name: source for name, source in whole.items() if name not in shards.places}
-        tensors = self._checkpoint.tensors(whole, self.dtype)
+        tensors = self._checkpoint.tensors(whole, self.dtype, device)
         self.module.load_state_dict(tensors, assign=True, strict=shards is None)
         self.module.to(device).eval().requires_grad_(False)
         native = self.family.native_mapping(self.config)

@@ -39,7 +39,7 @@ class VAE:
     def load(self) -> None:
         """Read the weights. Everything that can be wrong with the file was checked before."""
         mapping = {name: self._stored.mapping[name] for name in self._shapes}
-        read = self._stored.checkpoint.stream(mapping, self.dtype)
+        read = self._stored.checkpoint.stream(mapping, self.dtype, self._groups.device)
         weights = {name: tensor.reshape(self._shapes[name]) for name, tensor in read}
         self._module.load_state_dict(weights, strict=False, assign=True)
         self._module.to(self._groups.device).eval().requires_grad_(False)
