@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
+import resource
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -49,3 +53,20 @@ def be_ended(number: int) -> None:
     """By a signal, after some words of libraries."""
     warnings.warn("`torch.something` is deprecated", FutureWarning, stacklevel=1)
     os.kill(os.getpid(), number)
+
+
+@contextlib.contextmanager
+def limited(what: int, soft: int) -> Iterator[None]:
+    """Within, this process may have no more of a resource."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+def address_space() -> int:
+    """Bytes this process has mapped."""
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        return int(pages.read().split()[0]) * mmap.PAGESIZE

@@ -11,7 +11,7 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from benchmarks.faults.plan import mark_moment
 from comfy_xdit.protocol.rpc import Rank
-from tests.deeds import FOREVER, fail, hang, hang_with_the_interpreter
+from tests.deeds import FOREVER, address_space, fail, hang, hang_with_the_interpreter, limited
 
 ROOM = 64 << 20  # bytes above what the process has
 LATE = 2.0  # seconds by which the others are late
@@ -67,23 +67,6 @@ def lose_the_heartbeat(end: Rank) -> None:
     """The thread that shows life ends by an exception; the rank itself would go on for ever."""
     end.ask_device = lambda: {}["missing"]
     time.sleep(FOREVER)
-
-
-@contextlib.contextmanager
-def limited(what: int, soft: int) -> Iterator[None]:
-    """Within, this process may have no more of a resource."""
-    before = resource.getrlimit(what)
-    resource.setrlimit(what, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, before)
-
-
-def address_space() -> int:
-    """Bytes this process has mapped."""
-    with open("/proc/self/statm", encoding="ascii") as pages:
-        return int(pages.read().split()[0]) * mmap.PAGESIZE
 
 
 def want_too_much_memory() -> None:

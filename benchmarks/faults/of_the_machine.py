@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.faults import plan
-from benchmarks.faults.deeds import address_space, limited
 from benchmarks.faults.scene import EXCEPTION, Fault, Scene, Seen
 from comfy_xdit.protocol.messages import Denoise
+from tests.deeds import address_space, limited
 from tests.faulty_rank import NOTHING
 
 MEBIBYTE = 1 << 20

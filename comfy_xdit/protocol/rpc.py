@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import mmap
 import os
 import queue
 import secrets
@@ -17,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -37,6 +39,9 @@ CLOSE_SECONDS = 5.0  # for the reader to end
 HEARTBEAT_SECONDS = 0.5
 IDLE_SHARE = 0.05  # of a core: a process that uses less waits for something, maybe for its device
 EVENTS = "events"
+# What a host needs at most, and more for every rank: descriptors, and addresses for stacks of threads.
+DESCRIPTORS, RANK_DESCRIPTORS = 20, 10
+STACKS, RANK_STACKS = 64 << 20, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -107,30 +112,38 @@ class Reported:
 
 
 class Host:
-    """The host's end: one store, a segment of memory to the ranks and one from each."""
+    """The host's end: one store, a segment of memory to the ranks and one from each.
+
+    Raises:
+        OSError, RuntimeError: the machine lacks descriptors, memory or threads for it.
+    """
 
     def __init__(self, world_size: int, host_pid: int, degrees: dict[str, int], logs: tuple[str, ...] = ()):
-        listener = socket.socket()
-        listener.bind((LOOPBACK, 0))
-        listener.listen(4 * world_size + 16)
-        self._port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
-            LOOPBACK, self._port, None, True, OPERATION, wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )  # fmt: skip
         self._secret = secrets.token_hex(32)
         self._signer, self._sequence, self._seen = Signer(self._secret), Sequence(), Sequence()
-        self._outbound = Segment()
-        self._inbound = [Segment() for _ in range(world_size)]
-        self._meeting = anonymous_file()
         self._routes = tuple(f"{EVENTS}/{rank}" for rank in range(world_size))
         self._host_pid, self._degrees, self._logs = host_pid, degrees, logs
         self._closing = False
         self.inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._reader = threading.Thread(
-            target=self._read, args=(self._store.clone(),), name="comfy_xdit events", daemon=True
-        )
-        self._reader.start()
+        _check_room(world_size)
+        with ExitStack() as undo:  # what could be had is given back when something cannot
+            listener = undo.enter_context(socket.socket())
+            listener.bind((LOOPBACK, 0))
+            listener.listen(4 * world_size + 16)
+            self._port = listener.getsockname()[1]
+            segments = [undo.enter_context(closing(Segment())) for _ in range(world_size + 1)]
+            self._outbound, self._inbound = segments[0], segments[1:]
+            self._meeting = anonymous_file()
+            undo.callback(os.close, self._meeting)
+            self._store = dist.TCPStore(
+                LOOPBACK, self._port, None, True, OPERATION, wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )  # fmt: skip
+            self._reader = threading.Thread(
+                target=self._read, args=(self._store.clone(),), name="comfy_xdit events", daemon=True
+            )
+            self._reader.start()
+            undo.pop_all()
 
     def invitation(self, rank: int) -> Invitation:
         """What the process of `rank` must be told."""
@@ -296,3 +309,15 @@ class Rank:
 
 def _interrupt(job: int) -> str:
     return f"interrupt/{job}"
+
+
+def _check_room(world_size: int) -> None:
+    """Raise OSError when descriptors or addresses are short: the store's library would end this process."""
+    opened: list[int] = []
+    try:
+        for _ in range(DESCRIPTORS + world_size * RANK_DESCRIPTORS):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        mmap.mmap(-1, STACKS + world_size * RANK_STACKS).close()
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)

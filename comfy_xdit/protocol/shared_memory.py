@@ -37,9 +37,13 @@ class Segment:
 
     def __init__(self, descriptor: int | None = None):
         self.descriptor = anonymous_file() if descriptor is None else descriptor
-        if descriptor is None:
-            os.ftruncate(self.descriptor, mmap.PAGESIZE)
-        self._map = mmap.mmap(self.descriptor, mmap.PAGESIZE)
+        try:
+            if descriptor is None:
+                os.ftruncate(self.descriptor, mmap.PAGESIZE)
+            self._map = mmap.mmap(self.descriptor, mmap.PAGESIZE)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, tensors: list[torch.Tensor], base: int = HEADER_BYTES) -> list[dict[str, Any]]:
         """Lay the tensors (any device) into the segment from `base` on; the result goes into the head.

@@ -28,6 +28,7 @@ from comfy_xdit.ranks.deadlines import Deadlines
 from comfy_xdit.ranks.deaths import Deaths
 from comfy_xdit.ranks.logs import RankLogs
 from comfy_xdit.ranks.processes import NEXT, RankProcesses
+from comfy_xdit.ranks.shortage import cannot_start
 from comfy_xdit.ranks.timing import Timing, ledger
 
 STOP_SECONDS = 5.0  # for idle ranks to go by themselves
@@ -156,14 +157,8 @@ class WorkerGroup:
         self._deaths.check()
         began = time.monotonic()
         world = list(range(self.parallel.world_size))
-        degrees = {name: getattr(self.parallel, name) for name in (*DEGREES, "shard_weights")}
         try:
-            self._claim = Claim(self.parallel.devices)
-            self._logs = RankLogs(len(world), layout=self.parallel.describe(), devices=self.parallel.devices)
-            self._bridge = Host(len(world), os.getpid(), degrees, self._logs.files)
-            waiting = self._while_starting(interrupted, closes)
-            waiting()  # it may have been closed before there was a bridge to say it to
-            self._processes = RankProcesses(self._program, self.parallel.devices, self._bridge, waiting)
+            self._launch(self._while_starting(interrupted, closes))
             self._deadlines.restart()
             talk = self._conversation(0, world, START, None)
             replies = talk.collect(None, _raising(interrupted))
@@ -176,6 +171,21 @@ class WorkerGroup:
         self.reports = [replies[rank].report for rank in world]
         self.start_seconds = time.monotonic() - began
         self.generation = next(_generations)
+
+    def _launch(self, waiting: Callable[[], None]) -> None:
+        """Make the bridge and the processes. Raises XDiTError when the machine has not what they need."""
+        degrees = {name: getattr(self.parallel, name) for name in (*DEGREES, "shard_weights")}
+        ranks, devices = self.parallel.world_size, self.parallel.devices
+        try:
+            self._claim = Claim(devices)
+            self._logs = RankLogs(ranks, layout=self.parallel.describe(), devices=devices)
+            self._bridge = Host(ranks, os.getpid(), degrees, self._logs.files)
+            waiting()  # it may have been closed before there was a bridge to say it to
+            self._processes = RankProcesses(self._program, devices, self._bridge, waiting)
+        except XDiTError:
+            raise
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise cannot_start(error) from error
 
     def _while_starting(self, interrupted: Callable[[], bool] | None, closes: int) -> Callable[[], None]:
         """Raises what ends a start that no rank answers yet."""
