@@ -7,7 +7,7 @@ TORCHAUDIO_LIBRARIES := $(COMFYUI_VENV)/lib/python*/site-packages/torchaudio/lib
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz test-comfyui bench parity simulate lint clean
+.PHONY: demo test fuzz faults soak test-comfyui bench parity simulate lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m comfy_xdit demo
@@ -18,6 +18,13 @@ test: $(VENV)/.ready lint
 # Mutated safetensors headers through every reader; minutes per 10,000.
 fuzz: $(VENV)/.ready
 	XDIT_FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) $(BIN)/python -m pytest tests/test_fuzz_headers.py --timeout 0
+
+# Faults injected for real, and many runs with cancels and kills; both write docs/reliability.md.
+faults: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.faults
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.faults.soak --runs $(or $(RUNS),500)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
