@@ -17,12 +17,22 @@ os.environ["XDIT_OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from benchmarks.faults import in_ranks, of_files, of_hosts, of_the_machine, on_the_bridge, page, plan
+from benchmarks.faults import (
+    in_ranks,
+    of_files,
+    of_hosts,
+    of_the_machine,
+    of_the_template,
+    on_the_bridge,
+    page,
+    plan,
+)
 from benchmarks.faults.jobs import write_models
 from benchmarks.faults.scene import Fault, Scene, is_ours
 
 FAULTS = (
     *in_ranks.FAULTS, *on_the_bridge.FAULTS, *of_files.FAULTS, *of_the_machine.FAULTS, *of_hosts.FAULTS,
+    *of_the_template.FAULTS,  # after two failures no rank is forked any more
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ KINDS = {
     "bridge": "Other programs write to the bridge",
     "file": "A model file changes",
     "machine": "The machine has nothing left",
+    "template": "The process that ranks are forked from fails",
     "host": "The host ends (how long its ranks outlive it)",
 }
 
