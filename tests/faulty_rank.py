@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,12 @@ def do(what: str, *, rank: int | None = None, **words: Any) -> Denoise:
     return Denoise(ModelSpec("", "transformer"), NOTHING, NOTHING, conditions)
 
 
+def answer_without_room() -> torch.Tensor:
+    """More than the segment holds, which cannot grow."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return torch.zeros(1 << 20)
+
+
 DEEDS = {
     "nothing": lambda: None,
     "lose the heartbeat": lambda: None,
@@ -36,6 +43,7 @@ DEEDS = {
     "fail": fail,
     "be ended": be_ended,
     "answer what cannot cross": lambda: {1, 2},
+    "answer without room": answer_without_room,
 }
 
 

@@ -287,6 +287,14 @@ def test_an_answer_that_cannot_cross_is_an_error_and_keeps_the_ranks(ready):
     assert runs(ready) and ready.pids == pids
 
 
+def test_an_answer_for_which_there_is_no_memory_is_an_error_and_keeps_the_ranks(ready):
+    pids = ready.pids
+    with pytest.raises(RemoteError, match=r"no memory for the answer: .*File too large"):
+        ready.call(do("answer without room"))
+    assert runs(ready) and ready.pids == pids
+    ready.close()  # their logs cannot grow either
+
+
 def test_a_message_for_which_there_is_no_memory_costs_nothing(ready):
     pids, (soft, hard) = ready.pids, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))

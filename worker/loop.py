@@ -96,6 +96,9 @@ def serve(
         except (TypeError, ValueError) as error:  # too long, or nothing that crosses: said in its place
             answer = _failure(error, invalid=False)
             end.send(job, answer)
+        except OSError as error:  # the segment cannot grow; a failure lies in none
+            answer = _failure(MemoryError(f"no memory for the answer: {error}"), invalid=False)
+            end.send(job, answer)
         _note(type(message).__name__, job, answer)  # behind the answer: nobody waits for it
 
 

@@ -1,4 +1,4 @@
-"""Faults of the process that ranks are forked from: ranks that run do not need it, and new ones start without."""
+"""Faults of the process that ranks are forked from: those that run do not need it, new ones start without."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks.faults.scene import Fault, Scene, Seen
 from comfy_xdit.ranks.template import FORK_SECONDS
 
 JOB, STARTING = 10.0, 60.0  # seconds in which a job is done, and ranks have started and done one
+STOPPED = FORK_SECONDS + STARTING
 
 
 def _template(number: int, start: bool) -> Callable[[Scene], Seen]:

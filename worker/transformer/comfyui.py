@@ -141,6 +141,7 @@ class ComfyUITransformer:
 
     def load(self) -> None:
         """Build the class and copy its weights from the file, tensor after tensor."""
+        self._checkpoint.check_unchanged()
         device, sharded = self._groups.device, self._degrees.shards > 1
         # Layers in formats of their own are built where they stay.
         large = sharded or (self._degrees.stages > 1 and not self._detected.quantised)
@@ -155,12 +156,13 @@ class ComfyUITransformer:
         elsewhere = tuple(shards.places) if shards else ()
         for name, tensor in fill(module, self._detected, self._path, elsewhere).items():
             shards.write(name, tensor)
+        self._checkpoint.check_unchanged()  # half of one file and half of another is neither
         module.eval().requires_grad_(False)
         self._agree_on_dtypes()
         self.module, self._shards = module, shards
         self._spread = self._layout.spread(module)
         known = self._outline.diffusion_model.state_dict().keys()
-        self._patched = PatchedComfyUI(module, self._detected, shards, self.loras, known)
+        self._patched = PatchedComfyUI(module, self._checkpoint, self._detected, shards, self.loras, known)
         if hasattr(module, "_forward"):
             # Wrappers around the call, which `forward` runs, have run on the host (comfy_types/model). As
             # `forward` itself, so that hooks on the module are called.

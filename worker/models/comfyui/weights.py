@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.messages import Patch
-from worker.checkpoints import Source
+from worker.checkpoints import Checkpoint, Source
 from worker.models.comfyui.detection import Detected, named
 from worker.parallel import ShardedWeights
 from worker.patches import (
@@ -64,6 +64,7 @@ class PatchedComfyUI(PatchedModel):
 
     Args:
         module: the loaded transformer, written to.
+        checkpoint: the file, which `detected` has views of.
         shards: what this rank has of some of the weights only.
         known: names of weights of the whole model, also of those that other stages have.
     """
@@ -71,18 +72,21 @@ class PatchedComfyUI(PatchedModel):
     def __init__(
         self,
         module: nn.Module,
+        checkpoint: Checkpoint,
         detected: Detected,
         shards: ShardedWeights | None,
         loras: LoraFiles,
         known: Iterable[str],
     ):
-        self._module, self._detected, self._shards = module, detected, shards
+        self._module, self._checkpoint, self._detected, self._shards = module, checkpoint, detected, shards
         self._kept: dict[str, nn.Parameter] = {}
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
         super().__init__(names | set(known), names, loras)
 
     def write(self, changed: list[str], wanted: Weights, store: PatchStore) -> Iterator[str]:
         """As of PatchedModel."""
+        if changed:
+            self._checkpoint.check_unchanged()  # what was written into the file is seen through the views
         base = named(self._detected) if changed else {}
         for name in changed:
             owner, _, leaf = name.rpartition(".")
