@@ -26,6 +26,12 @@ def do(what: str, *, rank: int | None = None, **words: Any) -> Denoise:
     return Denoise(ModelSpec("", "transformer"), NOTHING, NOTHING, conditions)
 
 
+def join_many_groups() -> None:
+    """As the engine does; each has a thread that looks around."""
+    for _ in range(40):
+        dist.new_group()
+
+
 def answer_without_room() -> torch.Tensor:
     """More than the segment holds, which cannot grow."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -38,6 +44,7 @@ DEEDS = {
     "hang": hang,
     "hang with the interpreter": hang_with_the_interpreter,
     "sleep": lambda seconds: time.sleep(seconds),
+    "join many groups": join_many_groups,
     "compute": compute,
     "compile": compile_for,
     "fail": fail,

@@ -89,6 +89,15 @@ def test_a_rank_that_hangs_is_an_error_with_its_stack(ready, impatient, deed, fu
     assert runs(ready)
 
 
+def test_threads_that_only_look_around_are_no_work(ready, impatient):
+    """The engine's ranks have some 25 process groups, and together they used more than the border."""
+    ready.call(do("join many groups"))
+    began = time.monotonic()
+    with pytest.raises(WorkerDied, match="nobody has computed"):
+        ready.call(do("hang", rank=1))
+    assert time.monotonic() - began < 1.5 + SOON
+
+
 def test_a_stopped_rank_is_told_from_a_slow_one_in_seconds(ready):
     ranks = ready.pids
 

@@ -107,7 +107,7 @@ EXCEPTIONS = [
         "exception",
         "no file of a rank may grow (RLIMIT_FSIZE)",
         EXCEPTION,
-        "OSError|memory",
+        "exited with code 1",
         "grow no file",
         at=START,
         rank=None,

@@ -13,9 +13,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-WORKING_SHARE = 0.02  # of a core; a rank that waits uses less than 0.002 for its threads that watch
+# Of a core, by one thread. A rank that waits has many that look around: some 25 gloo groups of its own, and
+# each uses 0.0015; together more than a thread that computes on a crowded machine.
+WORKING_SHARE = 0.04
 WORKING_BYTES = 64 << 10  # read or written since the last look
 TICKS = os.sysconf("SC_CLK_TCK")
+CHILDREN = 0  # what no thread is called
 
 
 class Sign(enum.Enum):
@@ -31,7 +34,7 @@ class _Account:
     """What a process has used by a moment (seconds of the monotonic clock)."""
 
     moment: float
-    ticks: int
+    ticks: dict[int, int]  # by thread, and of all children
     moved: int  # bytes
 
 
@@ -39,29 +42,41 @@ class Pulse:
     """One process, looked at from time to time."""
 
     def __init__(self, pid: int):
-        self._pid, self._last = pid, _Account(time.monotonic(), 0, 0)
+        self._pid, self._last = pid, _Account(time.monotonic(), {}, 0)
 
     def look(self) -> Sign:
         """What it has done since the last look. Where the system does not say, it counts as working."""
         try:
             state, ticks = _state_and_ticks(self._pid)
-            now = _Account(time.monotonic(), ticks + sum(_family_ticks(self._pid)), _moved_bytes(self._pid))
+            now = _Account(time.monotonic(), ticks, _moved_bytes(self._pid))
         except (OSError, ValueError, IndexError):  # it ends just now, or there is no /proc
             return Sign.WORKING
         last, self._last = self._last, now
         if state == "T":
             return Sign.STOPPED
-        wanted = WORKING_SHARE * (now.moment - last.moment) * TICKS
+        wanted = max(1, WORKING_SHARE * (now.moment - last.moment) * TICKS)
+        # Children that have ended meanwhile take theirs along, so the difference may be below zero.
+        busy = any(abs(now.ticks[who] - last.ticks.get(who, 0)) >= wanted for who in now.ticks)
         # R: it computes, or waits for a CPU that others use. D: for a disk.
-        works = state in "RD" or abs(now.ticks - last.ticks) >= max(1, wanted)
+        works = state in "RD" or busy
         return Sign.WORKING if works or now.moved - last.moved >= WORKING_BYTES else Sign.WAITING
 
 
-def _state_and_ticks(pid: int) -> tuple[str, int]:
-    """State of the main thread; CPU time of all threads, and of children that have ended."""
+def _state_and_ticks(pid: int) -> tuple[str, dict[int, int]]:
+    """State of the main thread, and CPU time as `_Account.ticks` has it."""
+    state, _, ended = _read(Path(f"/proc/{pid}/stat"))
+    ticks = {CHILDREN: ended + sum(_family_ticks(pid))}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            ticks[int(task.name)] = _read(task / "stat")[1]
+    return state, ticks
+
+
+def _read(stat: Path) -> tuple[str, int, int]:
+    """State; CPU time of a thread or a whole process; and of children of the process that have ended."""
     # The name in brackets may hold anything.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields[0], sum(map(int, fields[11:15]))
+    fields = stat.read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
 
 
 def _family_ticks(pid: int) -> list[int]:
@@ -70,7 +85,7 @@ def _family_ticks(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended meanwhile, or the kernel has no such file
             for child in map(int, (task / "children").read_text().split()):
-                found += [_state_and_ticks(child)[1], *_family_ticks(child)]
+                found += [sum(_read(Path(f"/proc/{child}/stat"))[1:]), *_family_ticks(child)]
     return found
 
 
