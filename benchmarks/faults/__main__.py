@@ -9,9 +9,8 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 os.environ["XDIT_OMP_NUM_THREADS"] = "1"
 
@@ -112,8 +111,11 @@ def main() -> None:
     seconds = time.monotonic() - began
     print(f"{len(rows)} faults in {seconds:.0f} s, {len(missed)} missed")
     if not arguments.only:
-        result: dict[str, Any] = {"rows": [asdict(row) for row in rows], "seconds": seconds, "load": load}
-        page.write("faults", result)
+        short = [
+            asdict(replace(row, words=page.short(row.words), misses=tuple(map(page.short, row.misses))))
+            for row in rows
+        ]
+        page.write("faults", {"rows": short, "seconds": seconds, "load": load})
     sys.exit(1 if missed else 0)
 
 

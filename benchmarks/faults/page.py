@@ -74,8 +74,8 @@ def faults(result: dict[str, Any]) -> Iterator[str]:
         )
         for row in (row for row in rows if row["kind"] == kind):
             bound = f"{row['bound']:.0f}" + (f" x {row['slowness']:.1f}" if row["slowness"] > 1.05 else "")
-            held = "; ".join(_short(miss) for miss in row["misses"]) or "yes"
-            words = _short(row["words"]) or "nothing: the run goes on and is right"
+            held = "; ".join(row["misses"]) or "yes"
+            words = row["words"] or "nothing: the run goes on and is right"
             yield f"| {row['name']} | {words} | {row['seconds']:.2f} | {bound} | {held} |"
 
 
@@ -87,7 +87,7 @@ def soak(result: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {row['first']:.6g} | {row['last']:.6g} | {row['slope']:+.3g} |"
 
 
-def _short(words: str) -> str:
+def short(words: str) -> str:
     """The first line of an error without what differs from run to run."""
     line = re.sub(r"pid \d+", "pid …", words.strip().split("\n")[0]).replace("|", "/")
     line = re.sub(r"/\S+/", "", line)
