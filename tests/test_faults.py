@@ -76,8 +76,8 @@ def look(host: int, rank: int, generation: int, age: int) -> Looked:
 def test_slopes_are_of_the_host_over_runs_and_of_ranks_over_their_age():
     assert slope([(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]) == pytest.approx(2.0)
     # The host grows by 1 MiB per run; ranks grow by 2 MiB per run of theirs, and new ones begin anew.
-    looks = [look(100 + n, 200 + 2 * (n % 5), n // 5, n % 5) for n in range(20)]
+    looks = [look(100 + n, 200 + 2 * (n % 20), n // 20, n % 20) for n in range(60)]
     found = slopes(looks)
     assert found["host: MiB resident"]["slope"] == pytest.approx(100.0)
     assert found["rank: MiB resident"]["slope"] == pytest.approx(200.0)
-    assert found["host: descriptors"] == {"first": 10.0, "last": 10.0, "slope": 0.0}
+    assert found["host: descriptors"] == {"least": 10.0, "most": 10.0, "slope": 0.0}

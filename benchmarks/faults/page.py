@@ -82,9 +82,9 @@ def faults(result: dict[str, Any]) -> Iterator[str]:
 def soak(result: dict[str, Any]) -> Iterator[str]:
     """What the soak counted, and the slopes."""
     yield f"{result['words']} {result['machine']}; {result['date']}."
-    yield from ("", "| | first | last | slope per 100 runs |", "|---|---|---|---|")
+    yield from ("", "| | least | most | slope per 100 runs |", "|---|---|---|---|")
     for name, row in result["slopes"].items():
-        yield f"| {name} | {row['first']:.6g} | {row['last']:.6g} | {row['slope']:+.3g} |"
+        yield f"| {name} | {row['least']:.6g} | {row['most']:.6g} | {row['slope']:+.3g} |"
 
 
 def short(words: str) -> str:

@@ -43,11 +43,12 @@ LAYOUTS = {
 }
 FAMILIES = ("sd3", "flux")
 CANCELS, KILLS = 0.30, 0.05  # shares of the runs
-OTHER_LAYOUT, OTHER_MODEL = 0.10, 0.40  # how often a run is of another than the one before
+OTHER_LAYOUT, OTHER_MODEL = 0.05, 0.40  # how often a run is of another than the one before
 STEPS, SIDE, TEXT, GUIDANCE = 20, 16, 8, 3.0
 SAME = 1e-4  # relative L2 of a layout to one rank: a reference that is further away is wrong itself
 SECONDS = 120.0  # a run that takes longer hangs
 STUCK = 600.0  # and one that never ends is shown with all stacks
+WARM = 8  # runs in which new ranks load both models and fill caches
 MIB = 1 << 20
 
 
@@ -196,7 +197,7 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def slopes(looks: list[Looked]) -> dict[str, dict[str, float]]:
-    """First, last and slope per 100 runs; of ranks by their age, since new ones begin anew."""
+    """Least, most and slope per 100 runs; of ranks by their age, since new ones begin anew."""
     found = {}
     for who in ("host", "rank"):
         for what, unit in (("bytes", MIB), ("descriptors", 1), ("threads", 1)):
@@ -205,17 +206,18 @@ def slopes(looks: list[Looked]) -> dict[str, dict[str, float]]:
             if who == "rank":
                 points = _around_their_means(looks, values)
             name = f"{who}: {'MiB resident' if what == 'bytes' else what}"
-            found[name] = {"first": values[0], "last": values[-1], "slope": 100 * slope(points)}
+            found[name] = {"least": min(values), "most": max(values), "slope": 100 * slope(points)}
     return found
 
 
 def _around_their_means(looks: list[Looked], values: list[float]) -> list[tuple[float, float]]:
-    """(age, value) of every generation of ranks, less its own means."""
+    """(age, value) of every generation of ranks that are warm, less its own means."""
     points = []
-    for generation in dict.fromkeys(look.generation for look in looks):
-        own = [(look.age, v) for look, v in zip(looks, values, strict=True) if look.generation == generation]
-        ages, seen = (statistics.fmean(column) for column in zip(*own, strict=True))
-        points += [(age - ages, value - seen) for age, value in own]
+    seen = [(look, value) for look, value in zip(looks, values, strict=True) if look.age > WARM]
+    for generation in dict.fromkeys(look.generation for look, _ in seen):
+        own = [(look.age, value) for look, value in seen if look.generation == generation]
+        ages, mean = (statistics.fmean(column) for column in zip(*own, strict=True))
+        points += [(age - ages, value - mean) for age, value in own]
     return points
 
 
@@ -246,7 +248,7 @@ def main() -> None:
     )
     print(words)
     for name, row in found.items():
-        print(f"{name:22} {row['first']:10.1f} {row['last']:10.1f} {row['slope']:+10.3f} per 100 runs")
+        print(f"{name:22} {row['least']:8.1f} to {row['most']:8.1f} {row['slope']:+10.3f} per 100 runs")
     if not arguments.no_page:
         result: dict[str, Any] = {"words": words, "slopes": found}
         page.write("soak", result)
