@@ -17,6 +17,7 @@ class Rogue:
         invitation = host.invitation(0)
         self.store = dist.TCPStore("127.0.0.1", invitation.port, None, False)
         self.signer = Signer(invitation.secret)
+        self.expected = host._seen.next  # the number that the host expects of a route
 
     def push(self, queue: str, route: str, number: int, **head: Any) -> None:
         """Put a signed message into a queue."""

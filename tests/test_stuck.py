@@ -26,7 +26,7 @@ from comfy_xdit.protocol.errors import (
 )
 from comfy_xdit.protocol.messages import Forget
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.ranks import deadlines, registry
+from comfy_xdit.ranks import deadlines, registry, vigil
 from comfy_xdit.ranks.deadlines import Deadlines
 from comfy_xdit.ranks.group import WorkerGroup
 from tests.faulty_rank import do
@@ -218,6 +218,16 @@ def test_limits_grow_with_the_longest_step_and_first_calls_count_apart():
     assert learned.limits("Load").wait == deadlines.FIRST_WAIT_SECONDS, "another kind of work"
     learned.restart()
     assert learned.limits("Denoise").cancel == deadlines.CANCEL_SECONDS + 40.0
+
+
+@pytest.mark.parametrize(("at_work", "is_hung"), [(0, True), (10, True), (3, False), (2, False), (1, False)])
+def test_who_is_seen_at_work_now_and_then_is_hung_and_who_is_often_is_not(at_work, is_hung):
+    """Ranks that wait for one that hangs at the start poll a file: one look in twenty found them at it."""
+    waiting, reached = 0.0, False
+    for second in range(1, 200):
+        waiting = vigil.waited(waiting, bool(at_work) and second % at_work == 0, 1.0)
+        reached |= waiting >= deadlines.WAIT_SECONDS
+    assert reached == is_hung
 
 
 # ---------------------------------------------------------------------- two calls, and an end

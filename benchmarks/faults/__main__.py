@@ -54,13 +54,13 @@ def one(fault: Fault, scene: Scene) -> Row:
     slow = scene.slowness
     seen = fault.inject(scene)
     kept = scene.group.pids == pids
-    misses = [] if scene.next_job_is_right() else ["the next job draws another picture"]
+    misses = scene.next_job()
     slow = max(slow, scene.slowness)
     words = "" if seen.error is None else str(seen.error)
     if seen.error is not None and not is_ours(seen.error):
         misses.append(f"not an error of ours: {seen.error!r}")
     elif fault.says is None and seen.error is not None:
-        misses.append("an error where none is due")
+        misses.append(f"an error where none is due: {words}")
     elif fault.says is not None and not re.search(fault.says, words):
         misses.append(f"the error does not say {fault.says!r}:\n{words}" if words else "no error")
     if seen.seconds > fault.bound * slow:
@@ -77,7 +77,7 @@ def run(faults: list[Fault], folder: Path) -> list[Row]:
     scene = Scene(folder)
     rows = []
     try:
-        scene.next_job_is_right()
+        scene.next_job()
         for fault in faults:
             row = one(fault, scene)
             rows.append(row)

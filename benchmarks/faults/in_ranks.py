@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
-
-import psutil
 
 from benchmarks.faults.plan import CLOSE, START, Plan, mark_moment, moment
 from benchmarks.faults.scene import DEATH, EXCEPTION, STOP, Fault, Scene, Seen, hang_bound
 from comfy_xdit.ranks import deadlines
-from tests.waiting import within
+from tests.waiting import ends_within, within
 
 CLOSING = 8.0  # seconds that idle ranks have to go by themselves, and some
-BOTH = "both ranks"
 
 
 def planned(
@@ -157,16 +157,16 @@ HANGS = [
 ]
 
 
-def _idle(deed: str, ranks: tuple[int, ...], state: tuple[str, ...]) -> Any:
-    """A job after something was done to idle ranks, which have come into a state of it."""
+def _idle(number: int, ranks: tuple[int, ...], is_done: Callable[[int], bool]) -> Callable[[Scene], Seen]:
+    """A job after idle ranks were sent a signal, which has done what it does to all their threads."""
 
     def inject(scene: Scene) -> Seen:
-        victims = [psutil.Process(scene.group.pids[rank]) for rank in ranks]
+        victims = [scene.group.pids[rank] for rank in ranks]
 
         def do() -> None:
             for victim in victims:
-                getattr(victim, deed)()
-            within(STOP, lambda: all(not v.is_running() or v.status() in state for v in victims))
+                os.kill(victim, number)
+            within(STOP, lambda: all(map(is_done, victims)))
             mark_moment()
 
         return scene.see_a_job(do)
@@ -174,11 +174,21 @@ def _idle(deed: str, ranks: tuple[int, ...], state: tuple[str, ...]) -> Any:
     return inject
 
 
+def _is_gone(pid: int) -> bool:
+    return ends_within(pid, STOP)
+
+
+def _is_stopped(pid: int) -> bool:
+    states = [
+        file.read_text().rpartition(")")[2].split()[0] for file in Path("/proc").glob(f"{pid}/task/*/stat")
+    ]
+    return set(states) == {"T"}
+
+
 STARTING = 60.0  # seconds in which new ranks have started and drawn
-GONE, STOPPED = (psutil.STATUS_ZOMBIE,), (psutil.STATUS_STOPPED,)
 IDLE = [
-    Fault("idle", "kill -9 of an idle rank", STARTING, None, _idle("kill", (1,), GONE)),
-    Fault("idle", f"kill -9 of {BOTH}, idle", STARTING, None, _idle("kill", (0, 1), GONE)),
-    Fault("idle", "SIGSTOP of an idle rank", STARTING, None, _idle("suspend", (0,), STOPPED)),
+    Fault("idle", "kill -9 of an idle rank", STARTING, None, _idle(signal.SIGKILL, (1,), _is_gone)),
+    Fault("idle", "kill -9 of both ranks, idle", STARTING, None, _idle(signal.SIGKILL, (0, 1), _is_gone)),
+    Fault("idle", "SIGSTOP of an idle rank", STARTING, None, _idle(signal.SIGSTOP, (0,), _is_stopped)),
 ]
 FAULTS = [*DEATHS, *EXCEPTIONS, *HANGS, *IDLE]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable
 
-from benchmarks.faults.plan import mark_moment
-from benchmarks.faults.scene import DEATH, Fault, Scene, Seen, hang_bound
-from comfy_xdit.ranks import deadlines
+from benchmarks.faults.plan import forget_moment, mark_moment
+from benchmarks.faults.scene import DEATH, Fault, Scene, Seen
 from tests.rogue import Rogue
 
 FORGED = 10_000  # a number that no message of a run has
@@ -56,12 +54,16 @@ def _other_secret(rogue: Rogue) -> None:
     rogue.push("events", "events/0", 0)
 
 
-def _take_a_command(scene: Scene) -> Seen:
-    """Another program waits for rank 1's next command before the rank does: while the rank is at work."""
-    store = Rogue(scene.group._bridge).store
-    thief = threading.Thread(target=store.queue_pop, args=("commands/1",), daemon=True)
-    scene.group.call(scene.jobs.sample(), on_progress=lambda p: thief.start() if p.step == 1 else None)
-    return scene.see_a_job(mark_moment)
+def _name_too_much(rogue: Rogue) -> None:
+    beyond = [{"dtype": "float32", "shape": [1 << 30], "offset": 64}]
+    rogue.push("events", "events/1", rogue.expected("events/1"), tensors=beyond)
+
+
+def _take(rogue: Rogue) -> None:
+    """One of many, which the host reads as well."""
+    rogue.store.queue_pop("events")
+    forget_moment()
+    mark_moment()
 
 
 SAYS = "bad signature"
@@ -97,11 +99,7 @@ FAULTS = [
         "a message that names memory beyond the segment",
         DEATH,
         "names",
-        _in_mid_run(
-            lambda r: r.push(
-                "events", "events/1", 3, tensors=[{"dtype": "float32", "shape": [1 << 30], "offset": 64}]
-            )
-        ),
+        _in_mid_run(_name_too_much),
     ),
     Fault(
         "bridge",
@@ -121,9 +119,9 @@ FAULTS = [
     Fault("bridge", f"{STRANGERS} strangers talk to the port", LOOP, None, _before(_knock), keeps=True),
     Fault(
         "bridge",
-        "a command is taken away",
-        hang_bound(deadlines.WAIT_SECONDS),
-        "stuck|message",
-        _take_a_command,
+        "a message is taken away",
+        DEATH,
+        "on events/0, expected",
+        _in_mid_run(_take),
     ),
 ]

@@ -82,11 +82,15 @@ class Scene:
 
     # ------------------------------------------------------------------ before and after a fault
 
-    def next_job_is_right(self) -> bool:
-        """Whether the ranks, or new ones, draw what the first ones drew; measures how busy the machine is."""
-        right = equal(self.jobs.draw(self.group), self.expected)
-        self.slowness = max(1.0, self._loop_seconds() / self._idle)
-        return right
+    def next_job(self) -> list[str]:
+        """What is wrong with a job of these ranks, or new ones; measures how busy the machine is, too."""
+        try:
+            right = equal(self.jobs.draw(self.group), self.expected)
+            self.slowness = max(1.0, self._loop_seconds() / self._idle)
+        except XDiTError as error:
+            self.group.close()
+            return [f"the next job fails: {error}"]
+        return [] if right else ["the next job draws another picture"]
 
     def inventory(self) -> Counter[str]:
         """What this process has."""

@@ -13,6 +13,9 @@ from comfy_xdit.ranks.pulse import Pulse, Sign
 LOOK_SECONDS = 1.0
 # A look counts for at most this: while this process was itself held up nobody can say what the ranks did.
 COUNTED_SECONDS = 2.0
+# Seconds of waiting that one of work makes up for. Not all: ranks that wait for another one look around, and
+# on a busy machine a look now and then finds them at it.
+MADE_UP = 5.0
 
 
 class Vigil:
@@ -61,7 +64,7 @@ class Vigil:
             if reason is not None:
                 return reason
         works = any(s is Sign.WORKING or self._bridge.device_works(r) for r, s in signs.items())
-        self._waiting = 0.0 if works else self._waiting + passed
+        self._waiting = waited(self._waiting, works, passed)
         self._working += passed
         return self._together(ranks)
 
@@ -86,3 +89,8 @@ class Vigil:
         if self._working >= self._limits.work:
             return f"{names} {are} stuck: at work for {self._working:.0f} s without finishing a step"
         return None
+
+
+def waited(before: float, works: bool, passed: float) -> float:
+    """Seconds that nobody has worked, after another look at the `passed` ones."""
+    return max(0.0, before - MADE_UP * passed) if works else before + passed
