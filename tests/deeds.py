@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 import os
 import resource
@@ -70,3 +71,10 @@ def address_space() -> int:
     """Bytes this process has mapped."""
     with open("/proc/self/statm", encoding="ascii") as pages:
         return int(pages.read().split()[0]) * mmap.PAGESIZE
+
+
+def descriptors_left(number: int) -> contextlib.AbstractContextManager[None]:
+    """Within, this process may open so many files and no more."""
+    taken = set(map(int, os.listdir("/proc/self/fd")))
+    free = (at for at in itertools.count() if at not in taken)
+    return limited(resource.RLIMIT_NOFILE, next(itertools.islice(free, number, None)))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -19,15 +18,8 @@ from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.rpc import Host
 from comfy_xdit.protocol.shared_memory import Segment
 from comfy_xdit.ranks.group import WorkerGroup
-from tests.deeds import address_space, limited
+from tests.deeds import address_space, descriptors_left, limited
 from tests.faulty_rank import do
-
-
-def descriptors(more: int) -> AbstractContextManager[None]:
-    """As many as are open, and `more`."""
-    taken = set(map(int, os.listdir("/proc/self/fd")))
-    free = itertools.islice((number for number in itertools.count() if number not in taken), more, None)
-    return limited(resource.RLIMIT_NOFILE, next(free))
 
 
 @contextmanager
@@ -52,7 +44,7 @@ def what_there_is() -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("shortage", "remedy"),
-    [(lambda n=n: descriptors(n), r"may open \d+ files.*ulimit -n") for n in (0, 2, 4, 6, 8, 10, 16, 30)]
+    [(lambda n=n: descriptors_left(n), r"may open \d+ files.*ulimit -n") for n in (0, 2, 4, 6, 8, 10, 16, 30)]
     + [
         (lambda: limited(resource.RLIMIT_FSIZE, 0), r"memory.*free some"),
         (lambda: limited(resource.RLIMIT_AS, address_space() + (8 << 20)), r"memory.*free some"),
@@ -77,7 +69,7 @@ def test_a_start_for_which_something_is_short_says_what_and_leaves_nothing(short
 def test_ranks_start_when_there_is_enough_again():
     group = WorkerGroup(ParallelConfig(), program="tests.faulty_rank")
     for _ in range(4):
-        with pytest.raises(XDiTError, match="could not be started"), descriptors(0):
+        with pytest.raises(XDiTError, match="could not be started"), descriptors_left(0):
             group.call(do("nothing"))
     try:
         assert group.call(do("nothing")).value is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import tempfile
 from collections.abc import Callable
@@ -15,16 +14,13 @@ import torch
 from benchmarks.faults import plan
 from benchmarks.faults.scene import EXCEPTION, Fault, Scene, Seen
 from comfy_xdit.protocol.messages import Denoise
-from tests.deeds import address_space, limited
+from comfy_xdit.protocol.spec import ModelSpec
+from tests.deeds import address_space, descriptors_left, limited
 from tests.faulty_rank import NOTHING
 
 MEBIBYTE = 1 << 20
+NUMBERS = 4 * MEBIBYTE  # of a picture above every segment of the jobs'
 STARTING = 60.0  # seconds in which ranks start
-
-
-def _descriptors(more: int) -> AbstractContextManager[None]:
-    """As many as are open, and some more."""
-    return limited(resource.RLIMIT_NOFILE, max(map(int, os.listdir("/proc/self/fd"))) + 1 + more)
 
 
 @contextlib.contextmanager
@@ -49,9 +45,14 @@ def _start_under(limit: Callable[[], AbstractContextManager[None]]) -> Callable[
     return inject
 
 
+def _start_with(number: int) -> Callable[[Scene], Seen]:
+    """Of descriptors that are left."""
+    return _start_under(lambda: descriptors_left(number))
+
+
 def _send_under(limit: Callable[[], AbstractContextManager[None]]) -> Callable[[Scene], Seen]:
     """A picture larger than any before, which needs a larger segment."""
-    message = Denoise(None, torch.zeros(scene_size()), NOTHING, {})
+    message = Denoise(ModelSpec("", "transformer"), torch.zeros(NUMBERS), NOTHING, {})
 
     def inject(scene: Scene) -> Seen:
         plan.forget_moment()
@@ -59,11 +60,6 @@ def _send_under(limit: Callable[[], AbstractContextManager[None]]) -> Callable[[
             return scene.see(lambda: scene.group.call(message))
 
     return inject
-
-
-def scene_size() -> int:
-    """Numbers of a picture above every segment of the jobs'."""
-    return 4 * MEBIBYTE
 
 
 def _files(size: int) -> AbstractContextManager[None]:
@@ -83,13 +79,25 @@ FAULTS = [
         _start_under(lambda: limited(resource.RLIMIT_NOFILE, 64)),
     ),
     Fault(
-        "machine", "no descriptor at the start", EXCEPTION, "ulimit", _start_under(lambda: _descriptors(0))
+        "machine",
+        "no descriptor at the start",
+        EXCEPTION,
+        "ulimit",
+        _start_with(0),
     ),
     Fault(
-        "machine", "6 descriptors at the start", EXCEPTION, "ulimit", _start_under(lambda: _descriptors(6))
+        "machine",
+        "6 descriptors at the start",
+        EXCEPTION,
+        "ulimit",
+        _start_with(6),
     ),
     Fault(
-        "machine", "16 descriptors at the start", EXCEPTION, "ulimit", _start_under(lambda: _descriptors(16))
+        "machine",
+        "16 descriptors at the start",
+        EXCEPTION,
+        "ulimit",
+        _start_with(16),
     ),
     Fault(
         "machine",
@@ -129,7 +137,7 @@ FAULTS = [
         "no descriptor for a message",
         EXCEPTION,
         "no memory to hand a message|descriptors",
-        _send_under(lambda: _descriptors(0)),
+        _send_under(lambda: descriptors_left(0)),
         keeps=True,
     ),
 ]

@@ -114,8 +114,9 @@ class Scene:
         try:
             call()
         except (Exception, KeyboardInterrupt) as raised:
-            # What raised it holds views of memory and whole pictures.
+            # The frames of what raised it, and of its cause, hold bridges and whole pictures.
             error = raised.with_traceback(None)
+            error.__cause__ = error.__context__ = None
         return Seen(error, time.monotonic() - (plan.moment() or began))
 
     def see_planned(self, what: plan.Plan, interrupted: Callable[[], bool] | None = None) -> Seen:
