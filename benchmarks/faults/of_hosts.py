@@ -17,35 +17,25 @@ class Left(Exception):
     """What a host that has ended left behind."""
 
 
-def fresh_host(scene: Scene) -> HostProcess:
-    """A host that has drawn the right picture.
-
-    Raises:
-        RuntimeError: it did not.
-    """
-    if scene.host is None:
-        scene.host = HostProcess(scene.jobs.folder)
-    said = scene.host.report()
-    if not said["equal"]:
-        raise RuntimeError("the new host draws another picture")
-    scene.host_ranks = said["ranks"]
-    return scene.host
-
-
 def _ending(command: str, end: Callable[[HostProcess], None]) -> Callable[[Scene], Seen]:
-    """How long the ranks outlive a host that is told `command` and then ended in mid-run."""
+    """How long the ranks outlive a host that has drawn, is told `command` and is then ended in mid-run."""
 
     def inject(scene: Scene) -> Seen:
-        host = fresh_host(scene)
-        host.tell(command)
-        child = None if command == "end" else host.report()["child"]
-        end(host)
-        seconds, left = host.ended(scene.host_ranks)
-        if child is not None:  # of the host's, not ours
-            os.kill(child, signal.SIGKILL)
-        host.close()
-        scene.host = HostProcess(scene.jobs.folder)  # it starts while other things are done
-        return Seen(Left(", ".join(left)) if left else None, seconds)
+        host = HostProcess(scene.jobs.folder)
+        try:
+            said = host.report()
+            host.tell(command)
+            child = None if command == "end" else host.report()["child"]
+            end(host)
+            seconds, left = host.ended(said["ranks"])
+            if child is not None:  # of the host's, not ours
+                os.kill(child, signal.SIGKILL)
+            left += [] if said["equal"] else ["another picture than the hosts before it drew"]
+            return Seen(Left(", ".join(left)) if left else None, seconds)
+        except RuntimeError as error:  # it did not even start
+            return Seen(error, 0.0)
+        finally:
+            host.close()
 
     return inject
 

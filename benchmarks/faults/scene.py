@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks.faults import plan
-from benchmarks.faults.host_process import HostProcess
 from benchmarks.faults.jobs import EXPECTED, Jobs, equal
 from benchmarks.faults.leftovers import inventory, left
 from comfy_xdit.protocol.errors import XDiTError
 from comfy_xdit.protocol.messages import Progress
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.ranks import deadlines
 from comfy_xdit.ranks.group import WorkerGroup
 
 TWO = ParallelConfig(ulysses_degree=2)
@@ -67,8 +65,6 @@ class Scene:
     def __init__(self, folder: Path):
         self.jobs = Jobs(folder)
         self.group = WorkerGroup(TWO, program="benchmarks.faults.rank")
-        self.host: HostProcess | None = None  # of the faults of hosts
-        self.host_ranks: list[int] = []
         self.expected = self.jobs.draw(self.group)
         torch.save(self.expected, folder / EXPECTED)
         self._idle = min(self._loop_seconds() for _ in range(RUNS))
@@ -77,8 +73,6 @@ class Scene:
     def close(self) -> None:
         """End all processes."""
         self.group.close()
-        if self.host is not None:
-            self.host.close()
 
     # ------------------------------------------------------------------ before and after a fault
 
@@ -155,8 +149,3 @@ class Scene:
 def is_ours(error: BaseException) -> bool:
     """Whether an error is one that the pack raises on purpose."""
     return isinstance(error, XDiTError)
-
-
-def waiting() -> float:
-    """Seconds of the deadline of work that was seen before."""
-    return deadlines.WAIT_SECONDS
