@@ -15,7 +15,7 @@ LOOK_SECONDS = 1.0
 COUNTED_SECONDS = 2.0
 # Seconds of waiting that one of work makes up for. Not all: ranks that wait for another one look around, and
 # on a busy machine a look now and then finds them at it.
-MADE_UP = 5.0
+MADE_UP = 3.0
 
 
 class Vigil:
