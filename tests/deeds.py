@@ -75,6 +75,5 @@ def address_space() -> int:
 
 def descriptors_left(number: int) -> contextlib.AbstractContextManager[None]:
     """Within, this process may open so many files and no more."""
-    taken = set(map(int, os.listdir("/proc/self/fd")))
-    free = (at for at in itertools.count() if at not in taken)
+    free = (at for at in itertools.count() if not os.path.lexists(f"/proc/self/fd/{at}"))
     return limited(resource.RLIMIT_NOFILE, next(itertools.islice(free, number, None)))
