@@ -39,8 +39,12 @@ def _start_under(limit: Callable[[], AbstractContextManager[None]]) -> Callable[
     def inject(scene: Scene) -> Seen:
         scene.group.close()
         plan.forget_moment()
-        with limit():
-            return scene.see(lambda: scene.jobs.draw(scene.group))
+
+        def draw() -> None:
+            with limit():
+                scene.jobs.draw(scene.group)
+
+        return scene.see(draw)
 
     return inject
 
@@ -56,8 +60,12 @@ def _send_under(limit: Callable[[], AbstractContextManager[None]]) -> Callable[[
 
     def inject(scene: Scene) -> Seen:
         plan.forget_moment()
-        with limit():
-            return scene.see(lambda: scene.group.call(message))
+
+        def send() -> None:
+            with limit():
+                scene.group.call(message)
+
+        return scene.see(send)
 
     return inject
 
