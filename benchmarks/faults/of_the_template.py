@@ -22,7 +22,8 @@ def _template(number: int, start: bool) -> Callable[[Scene], Seen]:
     def inject(scene: Scene) -> Seen:
         def do() -> None:
             for child in psutil.Process().children():
-                if "worker.template" in child.cmdline():
+                # What is forked has the same command line.
+                if "worker.template" in child.cmdline() and child.pid not in scene.group.pids:
                     os.kill(child.pid, number)
             if start:
                 scene.group.close()
