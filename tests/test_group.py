@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import select
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from comfy_xdit.protocol.errors import Interrupted, InvalidInput, RemoteError, W
 from comfy_xdit.protocol.messages import Denoise, Keep, Known, Load, Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
+from comfy_xdit.ranks import processes
 from comfy_xdit.ranks.group import WorkerGroup
 from tests import tiny
 from tests.waiting import ends_within
@@ -141,6 +144,29 @@ def test_no_memory_or_descriptor_grows_over_restarts(tiny_models):
         group.close()
         counts.append(here.num_fds())
     assert counts[-1] <= counts[1], counts
+
+
+LEADERLESS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("ready", flush=True)
+ctypes.CDLL(None).syscall({exit_thread}, 0)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of a system call")
+def test_a_rank_whose_threads_are_still_ending_is_not_up():
+    script = LEADERLESS.format(exit_thread=60)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        deadline = time.monotonic() + SOON
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            select.select([], [], [], 0.01)
+        waited = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        is_up = processes._is_up(process.pid)
+        process.kill()
+    assert waited is None, "the system does not say that it has ended"
+    assert not is_up
 
 
 def listeners(pids: list[int]) -> list[str]:

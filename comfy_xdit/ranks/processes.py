@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import IO
 
 from comfy_xdit import ROOT
@@ -19,6 +20,7 @@ from comfy_xdit.ranks.environment import rank_environment
 from comfy_xdit.ranks.template import Forked, fork
 
 KILL_SECONDS = 5.0
+ENDING = "ZX"  # states of /proc/<pid>/stat
 STACK_SECONDS = 2.5  # for all ranks to write where they are
 STACK_POLL_SECONDS = 0.02
 # How the stack of a main thread ends; of more than a hundred frames faulthandler leaves the rest out.
@@ -156,12 +158,17 @@ def _watch(rank: int, process: subprocess.Popen[bytes] | Forked, bridge: Host) -
 def _is_up(pid: int) -> bool:
     """Whether a child of this process runs: it has not ended, reaped or not, and is not stopped.
 
-    Not `Popen.poll`: while the watcher waits for the child, poll says None of a dead one.
+    Not `Popen.poll`: while the watcher waits for the child, poll says None of a dead one. Nor waitid alone:
+    it says nothing of one whose threads are still ending.
     """
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
     except ChildProcessError:
         return False
+    with contextlib.suppress(OSError):  # there is no /proc
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ENDING
+    return True
 
 
 def _cause(exit_code: int) -> str:
