@@ -81,7 +81,8 @@ class Template:
         self.environment = dict(environment)
         self._lock = threading.Lock()
         self._host, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(self._host.close)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker.template", str(theirs.fileno()), str(os.getpid())],
                 cwd=ROOT,
@@ -92,6 +93,7 @@ class Template:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
+            undo.pop_all()
         self._is_ready = False
 
     def start(
