@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -43,6 +44,21 @@ def is_forked(pid: int) -> bool:
     return "worker.template" in psutil.Process(pid).cmdline()
 
 
+def wait_for_the_end(pid: int) -> None:
+    """Without reaping it, which is its owner's."""
+    with contextlib.suppress(ChildProcessError):  # its owner already has
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_rank_that_somebody_else_reaped_is_at_its_end():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        forked = template.Forked(process.pid, process.stdin)
+        process.kill()
+        process.wait()
+        forked.kill()
+        assert forked.wait(SECONDS) == 0
+
+
 def test_a_forked_rank_is_a_child_of_the_host_in_a_session_of_its_own(group):
     group.call(do("nothing"))
     for rank, pid in enumerate(group.pids):
@@ -56,7 +72,7 @@ def test_another_start_is_from_the_same_template(group):
     group.call(do("nothing"))
     pids, before = group.pids, templates()
     os.kill(pids[1], signal.SIGKILL)
-    psutil.Process(pids[1]).wait(SECONDS)
+    wait_for_the_end(pids[1])
     group.call(do("nothing"))
     assert len(before) == 1 and templates() == before
     assert set(pids).isdisjoint(group.pids) and all(map(is_forked, group.pids))
@@ -67,7 +83,7 @@ def test_the_end_of_the_template_harms_no_rank_and_no_start(group):
     pids = group.pids
     (pid,) = templates()
     os.kill(pid, signal.SIGKILL)
-    psutil.Process(pid).wait(SECONDS)
+    wait_for_the_end(pid)
     group.call(do("nothing"))
     assert group.pids == pids
     group.close()

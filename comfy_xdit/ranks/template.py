@@ -59,19 +59,27 @@ class Forked:
                 raise subprocess.TimeoutExpired("a rank", timeout)
             with self._lock:
                 if self._code is None:
-                    self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+                    self._code = _reaped(self.pid)
                     os.close(self._descriptor)
         return self._code
 
     def send_signal(self, number: int) -> None:
         """Signal it, unless it has been reaped."""
-        with self._lock:
+        with self._lock, contextlib.suppress(ProcessLookupError):  # reaped by another part of this process
             if self._code is None:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it."""
         self.send_signal(signal.SIGKILL)
+
+
+def _reaped(pid: int) -> int:
+    """The exit code of a child that has ended; 0, as of subprocess.Popen, where another part has reaped it."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return 0
 
 
 class Template:
