@@ -75,7 +75,7 @@ class Forked:
 
 
 def _reaped(pid: int) -> int:
-    """The exit code of a child that has ended; 0, as of subprocess.Popen, where another part has reaped it."""
+    """The exit code of a child that has ended; 0, as of Popen, where another part has reaped it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     except ChildProcessError:
