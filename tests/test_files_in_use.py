@@ -76,6 +76,7 @@ def test_a_loaded_vae_does_not_change_with_its_file(tmp_path, change: Callable):
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(4), "b": torch.ones(4)}, file)
+    os.utime(file, (0, 0))  # clocks of files tick every few milliseconds
     reading = Checkpoint.at(file).stream({"a": Source("a"), "b": Source("b")}, torch.float32)
     next(reading)
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
