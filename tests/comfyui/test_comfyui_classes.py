@@ -33,6 +33,8 @@ THROUGH_THE_NODE = ("flux2", "hunyuan video", "ltxv", "qwen edit", "sd3.5 medium
 BY_FILE = ("1 rank, fp32", "1 rank, bf16", "CFG 2", "sharded 2")  # columns that need a file of the class
 SPREAD = 1e-5  # relative L2 of a call
 DEAF = 1e-4  # at least, once ranks leave out each other's keys
+# The first test of several ranks waits for what four of them measure of all classes: minutes.
+pytestmark = pytest.mark.timeout(1800)
 MOST_WHOLE = 2  # classes of a version that Ulysses and Ring do not spread
 
 

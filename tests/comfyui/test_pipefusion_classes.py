@@ -28,6 +28,8 @@ TWO = (
     "ltxv",
 )  # fmt: skip
 FOUR = ("flux", "hunyuan video")  # which have four blocks
+# Later ones attend apart to guides of their own strength, at places counted in the whole picture.
+UNTIL_LTXV = (0, 8, 0)
 MASKED = ("hunyuan dit", "ltxv")  # whose prompts come with a mask of one length
 LAYOUTS = [
     pytest.param({"pipefusion_degree": stages, **more}, name, id=f"{name} {stages} {''.join(more)}".strip())
@@ -100,6 +102,10 @@ def request(model: RemoteModel, name: str, module: torch.nn.Module) -> Sample:
 def test_a_run_that_is_all_warm_up_is_that_of_one_process(host, files, degrees, name):
     module, _ = module_of(CASES[name])
     model = remote(host, files(name), degrees)
+    if name == "ltxv" and tuple(map(int, host.version.split("."))) > UNTIL_LTXV:
+        with pytest.raises(InvalidInput, match=r"ltxv guide strength.*made of none of its tokens"):
+            model.load()
+        return
 
     wanted = plain(name, module)
 
