@@ -42,6 +42,11 @@ def what_there_is() -> tuple[int, int]:
     return here.num_fds(), len(here.children(recursive=True))
 
 
+def is_no_more_than(before: tuple[int, int]) -> bool:
+    """Nothing more; less where what an earlier test used went meanwhile."""
+    return all(now <= then for now, then in zip(what_there_is(), before, strict=True))
+
+
 @pytest.mark.parametrize(
     ("shortage", "remedy"),
     [(lambda n=n: descriptors_left(n), r"may open \d+ files.*ulimit -n") for n in (0, 2, 4, 6, 8, 10, 16, 30)]
@@ -63,7 +68,7 @@ def test_a_start_for_which_something_is_short_says_what_and_leaves_nothing(short
     finally:
         group.close()
     del caught  # whose frames hold what is to be gone
-    assert what_there_is() == before
+    assert is_no_more_than(before)
 
 
 def test_ranks_start_when_there_is_enough_again():
@@ -93,4 +98,4 @@ def test_a_host_that_cannot_have_all_its_segments_keeps_none(monkeypatch):
     with pytest.raises(OSError, match="Too many"):
         Host(2, os.getpid(), {})
     made.clear()
-    assert what_there_is() == before
+    assert is_no_more_than(before)
