@@ -239,11 +239,11 @@ class WorkerGroup:
         except (WorkerDied, Unanswered) as error:
             self._end(kind, error)
             raise
-        except Exception:  # of the host: a preview that fails, say
-            self._settle(talk)
-            raise
-        except BaseException:  # Ctrl-C: nobody waits for the ranks
+        except (KeyboardInterrupt, SystemExit):  # nobody waits for the ranks
             self._end()
+            raise
+        except BaseException:  # of the host: a preview that fails; ComfyUI's cancel, no Exception in 0.33
+            self._settle(talk)
             raise
         finally:
             self._deadlines.learn(kind, talk.longest, done=talk.is_done)
