@@ -29,7 +29,7 @@ TWO = (
 )  # fmt: skip
 FOUR = ("flux", "hunyuan video")  # which have four blocks
 # Later ones attend apart to guides of their own strength, at places counted in the whole picture.
-UNTIL_LTXV = (0, 8, 0)
+UNTIL_LTXV = (0, 3, 64)
 MASKED = ("hunyuan dit", "ltxv")  # whose prompts come with a mask of one length
 LAYOUTS = [
     pytest.param({"pipefusion_degree": stages, **more}, name, id=f"{name} {stages} {''.join(more)}".strip())
