@@ -15,7 +15,11 @@ VIDEO = LatentSpace(2, 3, patch=(1, 2, 2), scale=0.5, mean=(1.0, -2.0), std=(4.0
 
 
 @pytest.mark.parametrize(
-    "told", [DESCRIBED, replace(DESCRIBED, latent=VIDEO, sampling=None, prompt=(), around=("told",))]
+    "told",
+    [
+        DESCRIBED,
+        replace(DESCRIBED, latent=VIDEO, sampling=None, prompt=(), around=("told",), remade=("a.b",)),
+    ],
 )
 def test_it_is_the_same_after_the_bridge_and_after_a_json_file(told):
     assert ModelDescription.of(json.loads(json.dumps(told.plain()))) == told

@@ -114,6 +114,8 @@ class ModelDescription:
         planned: a class of ComfyUI's has a plan, so that it can be proven that its tokens are spread rightly.
         not_spread: why they are not, as far as is known when it is asked; "" is spread.
         around: methods with weights that ComfyUI calls around the forward, of a class that has them.
+        keeping: methods that begin to keep keys of earlier frames, of a class that has them.
+        remade: entries of arguments, as "argument.entry", that the class makes anew where they are left out.
     """
 
     family: str
@@ -138,6 +140,8 @@ class ModelDescription:
     planned: bool = False
     not_spread: str = ""
     around: tuple[str, ...] = ()
+    keeping: tuple[str, ...] = ()
+    remade: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, told: Any) -> ModelDescription:
@@ -148,15 +152,15 @@ class ModelDescription:
         """
         given = _checked(cls, told)
         sampling = given["sampling"]
+        names = ("streams", "around", "keeping", "remade")
         return cls(
             **given
             | {
                 "latent": _built(LatentSpace, given["latent"]),
                 "sampling": None if sampling is None else _built(Sampling, sampling),
                 "prompt": tuple(_built(PromptPart, part) for part in given["prompt"]),
-                "streams": tuple(given["streams"]),
-                "around": tuple(given["around"]),
             }
+            | {name: tuple(given[name]) for name in names}
         )
 
     def plain(self) -> dict[str, Any]:

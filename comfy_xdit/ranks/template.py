@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import select
 import signal
@@ -124,26 +125,31 @@ class Template:
         """
         with self._lock:
             self._await_imports(waiting)
+            request = {
+                "program": program,
+                "environment": dict(environment),
+                "descriptors": list(descriptors),
+            }
             reader, writer = os.pipe()
-            try:
-                request = {
-                    "program": program,
-                    "environment": dict(environment),
-                    "descriptors": list(descriptors),
-                }
-                with _subreaper():
-                    socket.send_fds(
-                        self._host, [json.dumps(request).encode()], [reader, log.fileno(), *descriptors]
-                    )
-                    pid = self._reply(FORK_SECONDS, lambda: None)["pid"]
-                return Forked(pid, os.fdopen(writer, "wb"))
-            except BaseException as error:
-                os.close(writer)
-                if isinstance(error, OSError):
-                    raise NoTemplate(str(error)) from error
-                raise
-            finally:
-                os.close(reader)
+            with open(reader, "rb"), contextlib.ExitStack() as undo:
+                stdin = undo.enter_context(os.fdopen(writer, "wb"))
+                pid = self._forked(json.dumps(request).encode(), [reader, log.fileno(), *descriptors])
+                forked = Forked(pid, stdin)
+                undo.pop_all()
+            return forked
+
+    def _forked(self, request: bytes, descriptors: list[int]) -> int:
+        """The pid of a new rank.
+
+        Raises:
+            NoTemplate: there is none.
+        """
+        try:
+            with _subreaper():
+                socket.send_fds(self._host, [request], descriptors)
+                return self._reply(FORK_SECONDS, lambda: None)["pid"]
+        except OSError as error:
+            raise NoTemplate(str(error)) from error
 
     def close(self) -> None:
         """End the process; ranks that were forked of it go on."""
@@ -175,6 +181,7 @@ class Template:
 _current: Template | None = None
 _lock = threading.Lock()
 _reaping = threading.Lock()
+_log = logging.getLogger(__name__)
 _failures = 0
 
 
@@ -195,9 +202,10 @@ def fork(
     template = _template(template_environment(environment))
     try:
         return template.start(program, environment, log, descriptors, waiting)
-    except NoTemplate:
+    except NoTemplate as reason:
         close_template()
         _failures += 1
+        _log.warning("comfy_xdit: ranks start with Python and all imports, which takes longer: %s", reason)
         return None
 
 

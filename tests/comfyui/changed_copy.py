@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
+from comfy_xdit.protocol import remembered
 from comfy_xdit.protocol.spec import HostComfyUI
+from comfy_xdit.ranks.registry import running_groups
 
 Change = tuple[str, str]  # a text of a file, and what stands in its place
 
@@ -28,3 +33,22 @@ def changed_copy(folder: Path, changes: Mapping[str, tuple[Change, ...]]) -> Hos
             text = text.replace(old, new)
         file.write_text(text)
     return HostComfyUI.at(root)
+
+
+@contextlib.contextmanager
+def hosting(
+    factory: pytest.TempPathFactory, changes: Mapping[str, tuple[Change, ...]]
+) -> Iterator[HostComfyUI]:
+    """A changed copy, for ranks that remember in a folder of their own what they prove of it."""
+    changed = changed_copy(factory.mktemp("changed"), changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(remembered.FOLDER, str(factory.mktemp("cache")))
+        end_ranks()  # of other tests, which have imported another ComfyUI
+        yield changed
+    end_ranks()
+
+
+def end_ranks() -> None:
+    """Of all groups: what imported one ComfyUI imports no other."""
+    for group in running_groups():
+        group.close()

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from comfy_xdit.protocol import remembered
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Prove
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.proofs import Proof
 from comfy_xdit.protocol.spec import HostComfyUI, ModelSpec
-from comfy_xdit.ranks.registry import running_groups, worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.model import RemoteModel
-from tests.comfyui.changed_copy import changed_copy
+from tests.comfyui.changed_copy import end_ranks, hosting
 from tests.comfyui.inputs import relative_l2
 from tests.comfyui.tiny_classes import module_of, write
 from worker.models.comfyui.cases import CASES, Draw
@@ -66,12 +65,8 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def host(comfyui, tmp_path_factory) -> Iterator[HostComfyUI]:
     """A ComfyUI whose classes do what no plan says."""
-    changed = changed_copy(tmp_path_factory.mktemp("changed"), CHANGES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(remembered.FOLDER, str(tmp_path_factory.mktemp("cache")))
-        end_ranks()  # of other tests, which have imported another ComfyUI
+    with hosting(tmp_path_factory, CHANGES) as changed:
         yield changed
-    end_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +82,6 @@ def remote(host: HostComfyUI, file: Path) -> RemoteModel:
 def call(model: RemoteModel) -> torch.Tensor:
     (x, timestep, context), _ = CASES[RIGHT].call(Draw(1))
     return model.denoise(x, timestep, {"context": context, "transformer_options": {}})
-
-
-def end_ranks() -> None:
-    for group in running_groups():
-        group.close()
 
 
 def test_a_class_that_is_not_its_plans_is_refused_before_a_weight_is_read(host, files):

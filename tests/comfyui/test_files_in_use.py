@@ -3,12 +3,11 @@
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
 from tests.comfyui import loras
-from tests.comfyui.inputs import empty_latent, layout, random_conditioning
+from tests.comfyui.inputs import layout, one_step
 
 
 @pytest.fixture(autouse=True)
@@ -16,23 +15,6 @@ def forced(comfyui, monkeypatch):
     from comfy_xdit.comfy_types.choice import FORCED
 
     monkeypatch.setenv(FORCED, "comfyui")
-
-
-def _sample(run_node, model) -> torch.Tensor:
-    (latent,) = run_node(
-        "KSampler",
-        model=model,
-        seed=1,
-        steps=1,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=1.0,
-        positive=random_conditioning(model, 1),
-        negative=random_conditioning(model, 2),
-        latent_image=empty_latent(1, 8, 8),
-    )
-    return latent["samples"]
 
 
 def test_what_is_loaded_stays_and_a_lora_is_not_put_on_other_weights(comfyui, run_node, tiny_sd3):
@@ -44,7 +26,7 @@ def test_what_is_loaded_stays_and_a_lora_is_not_put_on_other_weights(comfyui, ru
     (patched,) = run_node(
         "LoraLoaderModelOnly", model=model, lora_name="late.safetensors", strength_model=1.0
     )
-    before = _sample(run_node, model)
+    before = one_step(run_node, model)
 
     content = bytearray(file.read_bytes())
     behind = len(content) // 10  # the header
@@ -52,6 +34,6 @@ def test_what_is_loaded_stays_and_a_lora_is_not_put_on_other_weights(comfyui, ru
     with file.open("r+b") as opened:  # as `cp` does: into the same file
         opened.write(content)
 
-    assert (_sample(run_node, model) == before).all()
+    assert (one_step(run_node, model) == before).all()
     with pytest.raises(InvalidInput, match=r"written_over\.safetensors was changed"):
-        _sample(run_node, patched)
+        one_step(run_node, patched)

@@ -16,9 +16,9 @@ from comfy_xdit.protocol import proofs, remembered
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import HostComfyUI, ModelSpec
-from comfy_xdit.ranks.registry import running_groups, worker_group
+from comfy_xdit.ranks.registry import worker_group
 from comfy_xdit.remote.model import RemoteModel
-from tests.comfyui.changed_copy import changed_copy
+from tests.comfyui.changed_copy import end_ranks, hosting
 from tests.comfyui.tiny_classes import write
 from worker.models.comfyui.cases import CASES, Draw
 
@@ -42,12 +42,8 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def host(comfyui, tmp_path_factory) -> Iterator[HostComfyUI]:
     """A copy of this ComfyUI whose models were changed, with its version number as it was."""
-    changed = changed_copy(tmp_path_factory.mktemp("changed"), CHANGES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(remembered.FOLDER, str(tmp_path_factory.mktemp("cache")))
-        end_ranks()  # of other tests, which have imported another ComfyUI
+    with hosting(tmp_path_factory, CHANGES) as changed:
         yield changed
-    end_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +63,6 @@ def call(model: RemoteModel, name: str) -> torch.Tensor:
 
 def records() -> dict[str, Any]:
     return json.loads((remembered.cache_folder() / proofs.NAME).read_text())
-
-
-def end_ranks() -> None:
-    for group in running_groups():
-        group.close()
 
 
 def test_what_is_not_right_is_refused_and_nothing_else_is_lost(host, files):

@@ -132,6 +132,8 @@ class ComfyUITransformer:
             planned=self._layout.planned,
             not_spread=self._layout.why_not_spread(),
             around=self._traits.around,
+            keeping=self._traits.keeping,
+            remade=self._traits.remade,
         ).plain()
 
     def _detect(self) -> Detected:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,41 +14,47 @@ from comfy_xdit.comfy_types.model.controlnet import NETS
 from comfy_xdit.comfy_types.model.options import plain_options
 from comfy_xdit.comfy_types.model.original import ORIGINAL
 from comfy_xdit.comfy_types.model.residuals import residuals
+from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteModel
 
 _NONE = object()
 OPTIONS = "transformer_options"
-# Methods with which a sampler begins to keep keys of earlier frames, which the class then writes into.
-KEEPING = ("init_kv_caches",)
-# Entries of an argument that are no plain data, and that the class makes anew where they are left out.
-REMADE = {"minimax_payload": "layout"}
 
 
-def answer_for(remote: RemoteModel, twin: Any, around: Iterable[str]) -> None:
+def answer_for(remote: RemoteModel, twin: Any, described: ModelDescription) -> None:
     """Have the ranks do what the twin's transformer is asked for.
 
     The innermost method is replaced, so that ComfyUI's wrappers around it stay. The ranks call the same one
     (worker/transformer/comfyui.py).
-
-    Args:
-        around: methods that it is asked for besides its forward.
     """
     transformer = twin.diffusion_model
-    of_class = type(transformer).__name__  # a closure on the twin would be a cycle, and it outlive its MODELs
     name = "_forward" if hasattr(transformer, "_forward") else "forward"
-    signature = inspect.signature(getattr(transformer, name))
+    answers = {name: _forward(remote, twin, getattr(transformer, name), described.remade)}
+    answers |= {method: _around(remote, method) for method in described.around}
+    answers |= dict.fromkeys(described.keeping, _keeping(type(transformer).__name__))
+    for method, answer in answers.items():
+        if hasattr(transformer, method):
+            # Instance attributes: nn.Module.__setattr__ would do the same, more slowly.
+            object.__setattr__(transformer, method, answer)
+
+
+def _forward(
+    remote: RemoteModel, twin: Any, method: Callable[..., Any], remade: tuple[str, ...]
+) -> Callable[..., Any]:
+    """What is called instead of `method`, the transformer's own."""
+    of_class = type(twin.diffusion_model).__name__
+    owner = weakref.ref(twin)  # a strong one would be a cycle, and it outlive its MODELs
+    signature = inspect.signature(method)
     # What the class would take anyway stays here: it may be no plain data.
     defaults = {key: parameter.default for key, parameter in signature.parameters.items()}
-
-    owner = weakref.ref(twin)  # a strong one would be a cycle
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         twin = owner()
         getattr(twin, ORIGINAL).refuse_changes(twin)
         x, timestep, given = arguments(signature, args, kwargs)
         given = {key: value for key, value in given.items() if value is not defaults.get(key, _NONE)}
-        for argument, entry in REMADE.items():
+        for argument, entry in (name.split(".") for name in remade):
             if isinstance(given.get(argument), dict):
                 given[argument] = {k: v for k, v in given[argument].items() if k != entry}
         options = given.pop(OPTIONS, None) or {}
@@ -66,29 +72,27 @@ def answer_for(remote: RemoteModel, twin: Any, around: Iterable[str]) -> None:
             out = remote.denoise(x, timestep, conditions, interrupted=interrupted, control=control)
         return _to(out, (x if isinstance(x, torch.Tensor) else x[0]).device)
 
-    def asked(method: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            raise_if_interrupted()
-            with interruptible():
-                out = remote.preprocess(method, args, kwargs, interrupted=interrupted)
-            return _to(out, next(a for a in args if isinstance(a, torch.Tensor)).device)
+    return forward
 
-        return call
 
-    def keeping(*_: Any, **__: Any) -> Any:
+def _around(remote: RemoteModel, method: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise_if_interrupted()
+        with interruptible():
+            out = remote.preprocess(method, args, kwargs, interrupted=interrupted)
+        return _to(out, next(a for a in args if isinstance(a, torch.Tensor)).device)
+
+    return call
+
+
+def _keeping(of_class: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise InvalidInput(
             f"this sampler draws a video part by part, and keeps keys of {of_class} from call to call; they "
             "do not travel to the ranks. Use another sampler, or the stock loader."
         )
 
-    # Instance attributes: nn.Module.__setattr__ would do the same, more slowly.
-    object.__setattr__(transformer, name, forward)
-    for method in around:
-        if hasattr(transformer, method):
-            object.__setattr__(transformer, method, asked(method))
-    for method in KEEPING:
-        if hasattr(transformer, method):
-            object.__setattr__(transformer, method, keeping)
+    return refuse
 
 
 def arguments(

@@ -36,7 +36,7 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     twin = build_twin(remote.spec.path, _dtype(described.dtype), _dtype(described.manual_cast))
     setattr(twin, HANDLE, remote)
     if described.comfyui:
-        answer_for(remote, twin, described.around)
+        answer_for(remote, twin, described)
     else:
         pair_prompts(twin)
         _send_calls_to(remote, twin)

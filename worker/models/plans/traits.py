@@ -26,6 +26,9 @@ class Traits:
             keeps nothing.
         pictures: the argument of such a class whose tensor it compares by identity with the last call's.
         around: methods with weights that ComfyUI calls around the forward, of classes that have them.
+        keeping: methods that begin to keep keys of earlier frames, of classes that have them.
+        remade: entries of arguments that are no plain data, as "argument.entry", which the class makes anew
+            where they are left out.
         heads, width: what configurations call attention heads and numbers per token; the first that is there.
         text_tokens: a prompt's usual length.
         products: multiplications per token and block, in units of width squared.
@@ -35,6 +38,8 @@ class Traits:
     forget: str = ""
     pictures: str = ""
     around: tuple[str, ...] = ("preprocess_text_embeds",)
+    keeping: tuple[str, ...] = ("init_kv_caches",)
+    remade: tuple[str, ...] = ()
     heads: tuple[str, ...] = ("num_heads", "num_attention_heads", "n_heads")
     width: tuple[str, ...] = (
         "hidden_size", "dim", "inner_dim", "model_channels", "model_dim", "embed_dim", "hidden_dim",
@@ -67,6 +72,7 @@ TRAITS: dict[str, Traits] = {
     # From 0.33 on it takes the largest timestep of all rows, for what video and sound hear of each other:
     # where rows have noise masks of their own, they are not what they are alone.
     "LTXAVModel": Traits(Rows.ONE_TIME),
+    "MiniMaxH3Model": Traits(remade=("minimax_payload.layout",)),
     # It looks up which rows are of which prompt.
     "Trellis2": Traits(Rows.TOGETHER),
 }

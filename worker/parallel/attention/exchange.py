@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -70,6 +70,15 @@ class Exchange:
         return self._orders[streams]
 
 
+class _Spread(NamedTuple):
+    """The two sequences of one attention, and how the ranks have them."""
+
+    attend: Attend
+    queries: list[Part]
+    keys: list[Part]
+    kept: Kept | None
+
+
 class ModuleAttention:
     """The attention of one planned module: its n-th call is that of the n-th of `attends`, or of the last."""
 
@@ -107,11 +116,12 @@ class ModuleAttention:
         mask = self._whole_mask(attend.keys, keys, key, mask) if reach is None else None
         kept = self._kept(attend.keys, keys, key.device)
         usp = USP(exchange.mesh, *sizes, exchange.kernel, kept)
+        spread = _Spread(attend, queries, keys, kept)
 
         def bias(block: int, heads: slice) -> torch.Tensor | None:
             if reach is not None:
-                return self._window(attend, queries, keys, reach, query, block)
-            return None if mask is None else self._bias(attend, queries, keys, kept, mask, block, heads)
+                return self._window(spread, reach, query, block)
+            return None if mask is None else self._bias(spread, mask, block, heads)
 
         out = usp(query, key, value, bias, scale, local)
         return self._held(out, attend.query, queries)
@@ -236,63 +246,39 @@ class ModuleAttention:
         ]
         return torch.cat(whole, 1)[:, None, None]
 
-    def _window(
-        self,
-        attend: Attend,
-        queries: list[Part],
-        keys: list[Part],
-        reach: int,
-        query: torch.Tensor,
-        block: int,
-    ) -> torch.Tensor:
+    def _window(self, spread: _Spread, reach: int, query: torch.Tensor, block: int) -> torch.Tensor:
         """What is added to scores: nothing up to `reach` tokens away, and beyond what leaves none."""
         exchange, mesh = self._exchange, self._exchange.mesh
-        rows = exchange.order(attend.query, queries, query.device).of(mesh.block(mesh.ring_rank))
-        columns = exchange.order(attend.keys, keys, query.device).of(mesh.block(block))
+        attend = spread.attend
+        rows = exchange.order(attend.query, spread.queries, query.device).of(mesh.block(mesh.ring_rank))
+        columns = exchange.order(attend.keys, spread.keys, query.device).of(mesh.block(block))
         beyond = (rows[:, None] - columns).abs() > reach
         least = torch.finfo(query.dtype).min
         return query.new_zeros(beyond.shape).masked_fill_(beyond, least)[None, None]
 
-    def _bias(
-        self,
-        attend: Attend,
-        queries: list[Part],
-        keys: list[Part],
-        kept: Kept | None,
-        mask: torch.Tensor,
-        block: int,
-        heads: slice,
-    ) -> torch.Tensor:
+    def _bias(self, spread: _Spread, mask: torch.Tensor, block: int, heads: slice) -> torch.Tensor:
         """The mask between the queries of this rank's Ulysses group and the keys of a block of the ring."""
-        if self._mask[0] is not mask or kept is not None:
+        if self._mask[0] is not mask or spread.kept is not None:
             self._mask = (mask, {})
         if block not in self._mask[1]:
-            self._mask[1][block] = self._cut_mask(attend, queries, keys, kept, mask, block)
+            self._mask[1][block] = self._cut_mask(spread, mask, block)
         cut = self._mask[1][block]
         return cut[:, heads] if cut.shape[1] > 1 else cut
 
-    def _cut_mask(
-        self,
-        attend: Attend,
-        queries: list[Part],
-        keys: list[Part],
-        kept: Kept | None,
-        mask: torch.Tensor,
-        block: int,
-    ) -> torch.Tensor:
-        exchange, mesh = self._exchange, self._exchange.mesh
-        seen = kept.seen(block) if kept is not None else None
+    def _cut_mask(self, spread: _Spread, mask: torch.Tensor, block: int) -> torch.Tensor:
+        exchange, mesh, attend = self._exchange, self._exchange.mesh, spread.attend
+        seen = spread.kept.seen(block) if spread.kept is not None else None
         if seen is None:
-            seen = exchange.order(attend.keys, keys, mask.device).of(mesh.block(block))
+            seen = exchange.order(attend.keys, spread.keys, mask.device).of(mesh.block(block))
         cut = mask.index_select(-1, seen)
         if mask.shape[-2] == 1:
             return cut
-        length = sum(part.length for part in queries)
+        length = sum(part.length for part in spread.queries)
         if mask.shape[-2] != length:
             raise PlanMismatch(
                 f"a mask for {mask.shape[-2]} queries where there are {length} ({attend.query}); {INSTEAD}"
             )
-        order = exchange.order(attend.query, queries, mask.device).of(mesh.block(mesh.ring_rank))
+        order = exchange.order(attend.query, spread.queries, mask.device).of(mesh.block(mesh.ring_rank))
         return cut.index_select(-2, order)
 
 
