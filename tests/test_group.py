@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput, RemoteError, WorkerDied
-from comfy_xdit.protocol.messages import Denoise, Keep, Known, Load, Sample
+from comfy_xdit.protocol.messages import Denoise, Keep, Known, Load, Sample, Status
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.ranks import processes
@@ -37,6 +37,12 @@ def group():
     group = WorkerGroup(TWO)
     yield group
     group.close()
+
+
+def test_groups_of_the_same_ranks_are_one(group):
+    """xfuser alone makes 23, and each has threads that look around (docs/xfuser.md, S9)."""
+    group.call(Status())
+    assert all(psutil.Process(pid).num_threads() < 40 for pid in group.pids), "69 with groups of their own"
 
 
 def long_run(model, steps: int = 400) -> Sample:

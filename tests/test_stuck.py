@@ -90,7 +90,7 @@ def test_a_rank_that_hangs_is_an_error_with_its_stack(ready, impatient, deed, fu
 
 
 def test_threads_that_only_look_around_are_no_work(ready, impatient):
-    """The engine's ranks have some 25 process groups, and together they used more than the border."""
+    """Each process group has some; those of 25 groups together used more than the border."""
     ready.call(do("join many groups"))
     began = time.monotonic()
     with pytest.raises(WorkerDied, match="nobody has computed"):

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of a core, by one thread. A rank that waits has many that look around: some 25 gloo groups of its own, and
-# each uses 0.0015; together more than a thread that computes on a crowded machine.
+# Of a core, by one thread. A rank that waits has many that look around: one per gloo group, and
+# each uses 0.0015; many together more than a thread that computes on a crowded machine.
 WORKING_SHARE = 0.04
 WORKING_BYTES = 64 << 10  # read or written since the last look
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -176,14 +176,15 @@ class RankGroups:
 
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         distributed.init_distributed_environment(backend=backend, local_rank=int(os.environ["LOCAL_RANK"]))
-        distributed.initialize_model_parallel(
-            data_parallel_degree=self.degrees.branches,
-            sequence_parallel_degree=self.degrees.sequence,
-            pipeline_parallel_degree=self.degrees.stages,
-            ulysses_degree=self.degrees.ulysses,
-            ring_degree=self.degrees.ring,
-            backend=backend,
-        )
+        with xfuser_compat.same_ranks_same_group():
+            distributed.initialize_model_parallel(
+                data_parallel_degree=self.degrees.branches,
+                sequence_parallel_degree=self.degrees.sequence,
+                pipeline_parallel_degree=self.degrees.stages,
+                ulysses_degree=self.degrees.ulysses,
+                ring_degree=self.degrees.ring,
+                backend=backend,
+            )
         if distributed.get_pp_group().ranks not in self._stage_ranks():
             raise RuntimeError(f"xfuser puts rank {self.rank} into {distributed.get_pp_group().ranks}")
 

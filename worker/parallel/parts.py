@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Shard:
         """Where those of `rank` are."""
         return slice(self.start(rank), self.start(rank + 1))
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """How many every rank has."""
         return [self.size(rank) for rank in range(self.ranks)]
@@ -70,22 +71,27 @@ class Part:
     shard: Shard
     rank: int
 
-    @property
+    @cached_property
     def true(self) -> int:
         """How many tokens this rank has to compute."""
         return self.shard.size(self.rank)
 
-    @property
+    @cached_property
     def held(self) -> tuple[int, int]:
         """First and last-plus-one of the tokens this rank's blocks compute on."""
         start = self.first + self.shard.start(self.rank)
         return (start, start + self.true) if self.true else (0, min(1, self.length))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many this rank's blocks compute on: at least one, if the stream has any."""
         start, stop = self.held
         return stop - start
+
+
+def added_up(parts: Iterable[Part]) -> list[int]:
+    """How many true tokens of a sequence of these parts every rank has."""
+    return [sum(sizes) for sizes in zip(*(part.shard.sizes for part in parts), strict=True)]
 
 
 class Parts:
@@ -127,8 +133,7 @@ class Parts:
 
     def sizes(self, streams: str) -> list[int]:
         """How many true tokens of a sequence every rank has."""
-        shards = [self._of[name].shard for name in streams.split()]
-        return [sum(shard.size(rank) for shard in shards) for rank in range(self.ranks)]
+        return added_up(self._of[name] for name in streams.split())
 
     def true(self, tensor: torch.Tensor, streams: str, dim: int) -> torch.Tensor:
         """Without the token that stands in for none."""

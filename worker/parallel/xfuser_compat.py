@@ -1,19 +1,21 @@
 """Everything xfuser 0.7.0 needs to be imported, to run on CPU ranks, and to be exact.
 
-With CUDA the CPU shims (S0-S4, S6) do nothing. The numbers name the findings in
+With CUDA the CPU shims (S1-S4, S6) do nothing. The numbers name the findings in
 docs/xfuser.md. This module and groups.py are the only ones that know xfuser.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def import_xfuser() -> types.ModuleType:
@@ -70,6 +72,31 @@ def _flash_on_cpu(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p=dropout_p or 0.0, is_causal=bool(is_causal)
     )
+
+
+@contextlib.contextmanager
+def same_ranks_same_group() -> Iterator[None]:
+    """S9: of some 23 gloo groups that xfuser makes for two ranks each has a thread that looks around.
+
+    Within, `new_group` of gloo gives those with the same ranks the same group: what they are used for, tokens
+    and rows, is exchanged one after the other. NCCL's cost nothing before their first exchange.
+    """
+    new_group = dist.new_group
+    made: dict[tuple[int, ...], Any] = {}
+
+    def new_or_same(ranks: Sequence[int] | None = None, *args: Any, **options: Any) -> Any:
+        backend = options.get("backend") or dist.get_backend()
+        if args or ranks is None or backend != "gloo":
+            return new_group(ranks, *args, **options)
+        if tuple(ranks) not in made:
+            made[tuple(ranks)] = new_group(ranks, **options)
+        return made[tuple(ranks)]
+
+    dist.new_group = new_or_same
+    try:
+        yield
+    finally:
+        dist.new_group = new_group
 
 
 def block_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

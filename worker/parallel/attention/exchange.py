@@ -13,7 +13,7 @@ from worker.parallel.attention.blockwise import WithLogSumExp
 from worker.parallel.attention.kept_keys import Kept, KeptKeys
 from worker.parallel.attention.usp import USP, Order
 from worker.parallel.mesh import Mesh
-from worker.parallel.parts import Part, Parts, Shard
+from worker.parallel.parts import Part, Parts, Shard, added_up
 from worker.parallel.plan import INSTEAD, WHOLE, Attend, PlanMismatch
 
 
@@ -106,7 +106,7 @@ class ModuleAttention:
         queries, keys = self._parts(attend.query, query), self._parts(attend.keys, key)
         query = self._true(query, attend.query, queries)
         key, value = (self._true(tensor, attend.keys, keys) for tensor in (key, value))
-        sizes = [_sizes(parts) for parts in (queries, keys)]
+        sizes = [added_up(parts) for parts in (queries, keys)]
         if attend.counted:
             sizes = self._counted(query, key)
         self._check(attend, sizes, query, key)
@@ -310,7 +310,3 @@ class FirstProductSummed(TorchFunctionMode):
             return result
         self._waiting = False
         return result if self._deaf else self._mesh.sum(result)
-
-
-def _sizes(parts: list[Part]) -> list[int]:
-    return [sum(part.shard.size(rank) for part in parts) for rank in range(parts[0].shard.ranks)]

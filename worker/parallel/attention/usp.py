@@ -38,11 +38,14 @@ class Order:
         pieces = wholes.split([part.length for part in parts])
         self._brought = [piece[part.first :] for piece, part in zip(pieces, parts, strict=True)]
         self._shards = [part.shard for part in parts]
+        self._found: dict[range, torch.Tensor] = {}
 
     def of(self, ranks: range) -> torch.Tensor:
         """In the order in which they lie: rank after rank, and in each stream after stream."""
-        spans = list(zip(self._brought, self._shards, strict=True))
-        return torch.cat([tokens[shard.span(rank)] for rank in ranks for tokens, shard in spans])
+        if ranks not in self._found:
+            spans = list(zip(self._brought, self._shards, strict=True))
+            self._found[ranks] = torch.cat([t[shard.span(rank)] for rank in ranks for t, shard in spans])
+        return self._found[ranks]
 
 
 class USP:
