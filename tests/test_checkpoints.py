@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,3 +117,26 @@ def test_quantised_weights_are_refused(tiny_models, tmp_path):
     save_file(tensors, tmp_path / "quantised.safetensors")
     with pytest.raises(InvalidInput, match="quantised weights"):
         Checkpoint.at(tmp_path / "quantised.safetensors")
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from worker.checkpoints import Checkpoint, Source
+
+def memory(kind):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) << 10
+
+checkpoint = Checkpoint.at(Path(sys.argv[1]))
+before = memory("VmRSS")
+read = checkpoint.tensors({key: Source(key) for key in checkpoint.shapes}, torch.float32, torch.device("cpu"))
+print(memory("VmHWM") - before)
+"""
+
+
+def test_what_is_copied_out_of_a_file_is_not_there_twice(tmp_path):
+    file = tmp_path / "large.safetensors"
+    save_file({str(i): torch.zeros(4 << 20) for i in range(12)}, file)
+    ran = subprocess.run([sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 1.5 * file.stat().st_size, "twice where the whole file stays open"

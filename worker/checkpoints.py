@@ -18,6 +18,7 @@ from comfy_xdit.protocol.regular_files import open_regular
 from comfy_xdit.protocol.safetensors_header import PICKLES, how_to_convert, read_header
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+BATCH = 16 << 20  # numbers that are copied out of a file before it is closed and opened anew
 MAX_JSON_BYTES = 16 << 20  # of a configuration; published ones have some kilobytes
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be stored as
 QUANTISED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
@@ -109,11 +110,12 @@ class Checkpoint:
         Raises:
             InvalidInput: a file is no longer the one whose header was read.
         """
-        with self._opened() as opened:
-            for name, source in mapping.items():
-                file, key = self._place[source.key]
-                tensor = _read(opened[file], key, source)
-                yield name, tensor.to(device or "cpu", dtype, copy=device is not None)
+        for some in [mapping] if device is None else self._batches(mapping):
+            with self._opened() as opened:
+                for name, source in some.items():
+                    file, key = self._place[source.key]
+                    tensor = _read(opened[file], key, source)
+                    yield name, tensor.to(device or "cpu", dtype, copy=device is not None)
 
     def views(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Every tensor under its name in the file, as a view of the file's memory map; and the metadata.
@@ -143,6 +145,17 @@ class Checkpoint:
         """
         wanted = {key: Source(key) for key in dict.fromkeys(keys) if self.dtypes[key] in FLOATS}
         return next((key for key, t in self.stream(wanted, dtype) if not torch.isfinite(t).all()), None)
+
+    def _batches(self, mapping: dict[str, Source]) -> Iterator[dict[str, Source]]:
+        """Parts of `mapping`: what was read of a file counts as memory until the file is closed."""
+        batch, size = {}, 0
+        for name, source in mapping.items():
+            batch[name] = source
+            size += math.prod(self.shapes[source.key])
+            if size >= BATCH:
+                yield batch
+                batch, size = {}, 0
+        yield batch
 
     def check_unchanged(self) -> None:
         """Raise InvalidInput if a file is no longer the one whose header was read."""
