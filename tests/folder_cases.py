@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_3d_rotary_pos_embed
-from diffusers.pipelines.cogvideo import pipeline_cogvideox
-from diffusers.pipelines.hunyuandit import pipeline_hunyuandit
 
 from tests.plan_cases import CASES
 
@@ -108,13 +105,16 @@ def _called(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _cog(module: Any, x: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
     config, frames = module.config, x.shape[2]
     rows, columns = x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size
     base = config.sample_width // config.patch_size, config.sample_height // config.patch_size
     more = {name: given[name] for name in ("id_cond", "id_vit_hidden") if name in given}
     if config.use_rotary_positional_embeddings:
         if config.get("patch_size_t") is None:
-            crop = pipeline_cogvideox.get_resize_crop_region_for_grid((rows, columns), *base)
+            crop = get_resize_crop_region_for_grid((rows, columns), *base)
             table = get_3d_rotary_pos_embed(config.attention_head_dim, crop, (rows, columns), frames)
         else:
             table = get_3d_rotary_pos_embed(
@@ -129,9 +129,12 @@ def _cog(module: Any, x: torch.Tensor, t: torch.Tensor, given: Given) -> torch.T
 
 
 def _hunyuan_dit(module: Any, x: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed
+    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
     patch, heads = module.config.patch_size, module.config.num_attention_heads
     grid = x.shape[-2] // patch, x.shape[-1] // patch
-    crop = pipeline_hunyuandit.get_resize_crop_region_for_grid(grid, 512 // 8 // patch)
+    crop = get_resize_crop_region_for_grid(grid, 512 // 8 // patch)
     table = get_2d_rotary_pos_embed(module.inner_dim // heads, crop, grid, output_type="pt")
     out = _called(
         module, x, t, given["context"], given["text_embedding_mask"], given["encoder_hidden_states_t5"],
@@ -227,10 +230,12 @@ FOLDERS: dict[str, FolderCase] = {
         _WIDE, _masked(32), _sana, {"timestep_scale": 0.5}, stages=False,
     ),
     "Wan 2.1 T2V": FolderCase("Wan 2.1 T2V", _UNIPC, _WAN_VAE, _VIDEO, _context(32, 512), _wan),
-    "Wan 2.1 I2V": FolderCase(
-        "Wan 2.1 I2V", _UNIPC, _WAN_VAE, _VIDEO,
+    "Wan 2.1 I2V": FolderCase(  # of real channels, by which ComfyUI knows it
+        "Wan 2.1 I2V", _UNIPC,
+        _WAN_VAE | {"z_dim": 16} | {name: numbers * 4 for name, numbers in STATISTICS.items()},
+        (2, 16, 3, 10, 6),
         lambda batch: _context(32, 512)(batch) | {"clip_fea": drawn(batch, 5, 24, seed=3)},
-        _wan, {"in_channels": 12, "out_channels": 4}, beside=8,
+        _wan, {"in_channels": 36, "out_channels": 16}, beside=20,
     ),
     "HunyuanVideo": FolderCase(
         "HunyuanVideo", FLOW | {"shift": 7.0},

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.conds
-import comfy.latent_formats
 import comfy.model_base
 import comfy.supported_models
 import comfy.supported_models_base
@@ -42,7 +41,7 @@ def described_twin(
         path: the diffusers folder, whose tensors' names and shapes stand in for a transformer.
         dtype, manual_cast: as of build_twin.
     """
-    config = _configuration(dict(described.twin or ()), described.latent)
+    config = _configuration(dict(described.twin or ()))
     config.set_inference_dtype(dtype, manual_cast)
     config.sampling_settings = _sampling_settings(described)
     if type(config) is _Configuration:
@@ -53,7 +52,7 @@ def described_twin(
     twin.model_type, twin.model_sampling = kind, comfy.model_base.model_sampling(config, kind)
     if described.sampling.kind == "discrete":
         twin.model_sampling.set_sigmas(described.sampling.table)
-    _use_statistics(twin.latent_format, described.latent)
+    _fit(twin.latent_format, described.latent)
     twin.diffusion_model = StandIn(transformer_files(Path(path)), dtype)
     return emptied(twin)
 
@@ -137,22 +136,17 @@ class _Configuration(comfy.supported_models_base.BASE):
     unet_config: ClassVar[dict[str, Any]] = {}
 
 
-def _configuration(told: dict[str, Any], latent: LatentSpace) -> Any:
+def _configuration(told: dict[str, Any]) -> Any:
     """This ComfyUI's configuration of the model that is told so, or one of our own."""
     known = next((c for c in comfy.supported_models.models if told and c.matches(told)), None)
-    if known is not None:
-        return known(told | NO_TRANSFORMER)
-    config = _Configuration(NO_TRANSFORMER)
-    config.latent_format = comfy.latent_formats.LatentFormat()
-    config.latent_format.latent_channels = latent.channels
-    config.latent_format.latent_dimensions = latent.dimensions
-    config.latent_format.spacial_downscale_ratio = latent.compression
-    config.latent_format.temporal_downscale_ratio = latent.frames
-    return config
+    return (known or _Configuration)(told | NO_TRANSFORMER)
 
 
-def _use_statistics(latent_format: Any, space: LatentSpace) -> None:
-    """Have a latent format scale as the folder says; what previews need of it stays."""
+def _fit(latent_format: Any, space: LatentSpace) -> None:
+    """Have a latent format be of the folder's latents; what previews need of it stays."""
+    latent_format.latent_channels, latent_format.latent_dimensions = space.channels, space.dimensions
+    latent_format.spacial_downscale_ratio = space.compression
+    latent_format.temporal_downscale_ratio = space.frames
     latent_format.process_in, latent_format.process_out = space.scaled, space.unscaled
 
 
@@ -161,9 +155,9 @@ def _sampling_settings(described: ModelDescription) -> dict[str, Any]:
 
 
 def _cond(part: PromptPart, given: Mapping[str, Any]) -> Any:
-    """An argument of the transformer; None where the conditioning has none."""
+    """An argument of the transformer, of a CLIP_VISION_OUTPUT its tokens; None where there is none."""
     value = given.get(part.option or "cross_attn")
-    value = part.default if value is None else value
+    value = part.default if value is None else getattr(value, "penultimate_hidden_states", value)
     if value is None:
         return None
     if isinstance(value, list):
