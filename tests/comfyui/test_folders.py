@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from benchmarks.layouts import LAYOUTS
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import LAST_SIGNAL
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.model import RemoteModel
-from tests.comfyui.inputs import relative_l2
+from tests import tiny
+from tests.comfyui.inputs import conditioning_for, empty_latent, relative_l2
 from tests.folder_cases import FOLDERS, FolderCase, drawn
+from worker.models.flux.family import Flux
 
 PER_RUN = 1e-4
 STEPS, CFG, SEED = 8, 3.0, 5
@@ -188,3 +191,64 @@ def test_the_twin_is_of_comfyuis_own_class_where_it_has_one(comfyui, folders):
         twin = _model(folders(name)[1], "1 rank").model
         assert type(twin) is getattr(comfy.model_base, of_class)
     assert "extra_conds" in inspect.getsource(type(_model(folders("SANA")[1], "1 rank").model))
+
+
+# What a call has in channels: the latent, a picture and its mask; the latent and a picture.
+TOOLS = {"Fill": 384, "Canny and Depth": 128}
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=["Fill", "Depth"])
+@pytest.mark.parametrize("layout", ["CFG 2", "Ulysses 2"], ids=["CFG2", "Ulysses2"])
+def test_tools_of_flux_from_a_folder_are_stock(comfyui, run_node, tiny_flux, tmp_path, tool, layout):
+    config = {**tiny.FLUX_CONFIG, "in_channels": TOOLS[tool], "out_channels": 64}
+    name = "flux_tool.safetensors"
+    with torch.inference_mode(False):
+        module = tiny.build(Flux(), config)
+        module.save_pretrained(tmp_path / "transformer")
+        tiny.write_native(Flux(), module, config, comfyui.models / "diffusion_models" / name)
+    (stock,) = run_node("UNETLoader", unet_name=name, weight_dtype="default")
+    picture = {"concat_latent_image": drawn(1, 16, 9, 14, seed=2), "concat_mask": torch.ones(1, 1, 72, 112)}
+    picture["concat_mask"][..., :50] = 0.0
+    sides = [conditioning_for(config, seed, **picture) for seed in (3, 4)]
+
+    def draw(node: str, model: Any) -> torch.Tensor:
+        answer = run_node(
+            node, model=model, seed=SEED, steps=2, cfg=CFG, sampler_name="euler", scheduler="simple",
+            positive=sides[0], negative=sides[1], latent_image=empty_latent(1, 9, 14), denoise=1.0,
+        )  # fmt: skip
+        return (answer["result"] if isinstance(answer, dict) else answer)[0]["samples"]
+
+    expected, ours = draw("KSampler", stock), _model(tmp_path / "transformer", layout)
+    assert relative_l2(draw("KSampler", ours), expected) <= PER_RUN
+    assert relative_l2(draw("XDiTSampler", ours), expected) <= PER_RUN
+    (comfyui.models / "diffusion_models" / name).unlink()
+
+
+def test_a_class_label_prompts_dit(comfyui, run_node, folders):
+    model, case = _model(folders("DiT-XL")[1], "CFG 2"), FOLDERS["DiT-XL"]
+
+    def draw(label: int) -> torch.Tensor:
+        positive, negative = (run_node("XDiTClassLabel", class_label=n)[0] for n in (label, -1))
+        return run_node(
+            "KSampler", model=model, seed=SEED, steps=2, cfg=CFG, sampler_name="ddim", scheduler="normal",
+            positive=positive, negative=negative, latent_image={"samples": torch.zeros(1, *case.shape[1:])},
+            denoise=1.0,
+        )[0]["samples"]  # fmt: skip
+
+    assert relative_l2(draw(4), draw(5)) > 1e-3
+    with pytest.raises(InvalidInput, match=r"class labels .* are not all among the 9"):
+        draw(9)
+
+
+def test_an_empty_latent_of_another_model_gets_the_models_size(comfyui, run_node, folders):
+    """From 0.33 on an empty LATENT says how much smaller it is than its picture; SANA's is 32 times."""
+    model, case = _model(folders("SANA")[1], "1 rank"), FOLDERS["SANA"]
+    given = case.conditions(2)
+    (latent,) = run_node("EmptyLatentImage", width=320, height=256, batch_size=1)
+    resized = "downscale_ratio_spacial" in latent
+    (drawn_latent,) = run_node(
+        "KSampler", model=model, seed=SEED, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple",
+        positive=_conditioning(given, 0, None), negative=_conditioning(given, 1, None), latent_image=latent,
+        denoise=1.0,
+    )  # fmt: skip
+    assert tuple(drawn_latent["samples"].shape) == ((1, 4, 8, 10) if resized else (1, 4, 32, 40))
