@@ -178,7 +178,10 @@ def _mochi(module: Any, x: torch.Tensor, t: torch.Tensor, given: Given) -> torch
 
 
 def _wan(module: Any, x: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
-    return _called(module, x, t, given["context"], given.get("clip_fea"))
+    pictures = given.get("clip_fea")
+    if module.config.pos_embed_seq_len is not None:  # its pipeline has one row for each picture
+        pictures = torch.stack([half for row in pictures for half in row.chunk(2)])
+    return _called(module, x, t, given["context"], pictures)
 
 
 def _sana(module: Any, x: torch.Tensor, t: torch.Tensor, given: Given) -> torch.Tensor:
@@ -210,6 +213,21 @@ _UNIPC = {
 }  # fmt: skip
 _WIDE, _VIDEO = (2, 4, 10, 14), (2, 4, 3, 10, 6)
 
+
+def _pictured(tokens: int, config: Given) -> FolderCase:
+    """Wan that begins with a picture, of real channels, by which ComfyUI knows it."""
+    return FolderCase(
+        "Wan 2.1 I2V",
+        _UNIPC,
+        _WAN_VAE | {"z_dim": 16} | {name: numbers * 4 for name, numbers in STATISTICS.items()},
+        (2, 16, 3, 10, 6),
+        lambda batch: _context(32, 512)(batch) | {"clip_fea": drawn(batch, tokens, 24, seed=3)},
+        _wan,
+        {"in_channels": 36, "out_channels": 16} | config,
+        beside=20,
+    )
+
+
 FOLDERS: dict[str, FolderCase] = {
     "PixArt-Sigma": FolderCase("PixArt", DDIM, KL | {"scaling_factor": 0.13025}, _WIDE, _masked(32), _pixart),
     "PixArt-alpha": FolderCase(
@@ -230,13 +248,8 @@ FOLDERS: dict[str, FolderCase] = {
         _WIDE, _masked(32), _sana, {"timestep_scale": 0.5}, stages=False,
     ),
     "Wan 2.1 T2V": FolderCase("Wan 2.1 T2V", _UNIPC, _WAN_VAE, _VIDEO, _context(32, 512), _wan),
-    "Wan 2.1 I2V": FolderCase(  # of real channels, by which ComfyUI knows it
-        "Wan 2.1 I2V", _UNIPC,
-        _WAN_VAE | {"z_dim": 16} | {name: numbers * 4 for name, numbers in STATISTICS.items()},
-        (2, 16, 3, 10, 6),
-        lambda batch: _context(32, 512)(batch) | {"clip_fea": drawn(batch, 5, 24, seed=3)},
-        _wan, {"in_channels": 36, "out_channels": 16}, beside=20,
-    ),
+    "Wan 2.1 I2V": _pictured(5, {}),
+    "Wan 2.1 FLF2V": _pictured(10, {"pos_embed_seq_len": 10}),  # a first and a last frame
     "HunyuanVideo": FolderCase(
         "HunyuanVideo", FLOW | {"shift": 7.0},
         {"_class_name": "AutoencoderKLHunyuanVideo", "latent_channels": 4, "scaling_factor": 0.476986},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.layouts import LAYOUTS
 from comfy_xdit.protocol.errors import InvalidInput
@@ -15,6 +17,7 @@ from comfy_xdit.protocol.sampling import LAST_SIGNAL
 from comfy_xdit.protocol.spec import ModelSpec
 from comfy_xdit.remote.model import RemoteModel
 from tests import tiny
+from tests.comfyui import loras
 from tests.comfyui.inputs import conditioning_for, empty_latent, relative_l2
 from tests.folder_cases import FOLDERS, FolderCase, drawn
 from worker.models.flux.family import Flux
@@ -252,3 +255,41 @@ def test_an_empty_latent_of_another_model_gets_the_models_size(comfyui, run_node
         denoise=1.0,
     )  # fmt: skip
     assert tuple(drawn_latent["samples"].shape) == ((1, 4, 8, 10) if resized else (1, 4, 32, 40))
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1 T2V", "CogVideoX"], ids=["Wan", "CogVideoX"])
+def test_a_lora_does_what_it_would_do_merged(comfyui, run_node, folders, tmp_path, name):
+    """In peft's names, by the ranks; in kohya's, of diffusers' modules, by the stock node and by the ranks."""
+    case, (module, folder) = FOLDERS[name], folders(name)
+    model = _model(folder, "CFG 2")
+    peft, kohya = loras.diffusers(module, 3), loras.native(model, "lora", 4)
+    with torch.inference_mode(False):
+        for file, tensors in (("peft", peft), ("kohya", kohya)):
+            save_file(tensors, comfyui.models / "loras" / f"{file}.safetensors")
+        merged = case.build().requires_grad_(False)
+        for key, layer in merged.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                up, down = (peft[f"transformer.{key}.lora_{side}.weight"] for side in "BA")
+                layer.weight += 2.0 / loras.RANK * up @ down
+        shutil.copytree(folder, tmp_path / "merged")
+        merged.save_pretrained(tmp_path / "merged" / "transformer")
+
+    def draw(model: Any) -> torch.Tensor:
+        given = case.conditions(2)
+        return run_node(
+            "KSampler", model=model, seed=SEED, steps=2, cfg=CFG, sampler_name="euler", scheduler="simple",
+            positive=_conditioning(given, 0, None), negative=_conditioning(given, 1, None),
+            latent_image={"samples": torch.zeros(1, *case.shape[1:])}, denoise=1.0,
+        )[0]["samples"]  # fmt: skip
+
+    def loaded(node: str, file: str) -> torch.Tensor:
+        inputs = {"model": model, "lora_name": f"{file}.safetensors", "strength_model": 1.0}
+        answer = run_node(node, **inputs)
+        return draw((answer["result"] if isinstance(answer, dict) else answer)[0])
+
+    without, expected = draw(model), draw(_model(tmp_path / "merged", "CFG 2"))
+    assert relative_l2(without, expected) > 1e-3
+    assert relative_l2(loaded("XDiTLoraLoader", "peft"), expected) <= PER_RUN
+    by_host = loaded("LoraLoaderModelOnly", "kohya")
+    assert relative_l2(by_host, without) > 1e-3
+    assert relative_l2(loaded("XDiTLoraLoader", "kohya"), by_host) <= PER_RUN

@@ -91,6 +91,15 @@ def pixart(config: Config, x: torch.Tensor, conditions: Mapping[str, Any]) -> di
     return {"added_cond_kwargs": {"resolution": size, "aspect_ratio": ratio}}
 
 
+def wan(config: Config, x: torch.Tensor, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Wan: of a first and a last frame, whose tokens ComfyUI has in one row, diffusers wants one row each."""
+    pictures = conditions.get("clip_fea")
+    if config["pos_embed_seq_len"] is None or not isinstance(pictures, torch.Tensor):
+        return {}
+    rows = pictures.reshape(-1, config["pos_embed_seq_len"] // 2, pictures.shape[-1])
+    return {"encoder_hidden_states_image": rows.to(x.dtype)}
+
+
 def _refuse_what_has_no_position(config: Config, x: torch.Tensor, context: Any) -> None:
     """Positions that are added to text and picture are for one length, and learned ones for one size."""
     learned = config["use_learned_positional_embeddings"]

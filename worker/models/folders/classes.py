@@ -119,7 +119,7 @@ CLASSES: dict[str, FolderClass] = {
                 "clip_fea", "image_dim", "clip_vision_output", optional=True
             )
         },
-        needs=_whole_wan, video=True, products=16.0, comfyui=_wan,
+        calls.wan, needs=_whole_wan, video=True, products=16.0, comfyui=_wan,
     ),
 }  # fmt: skip
 
