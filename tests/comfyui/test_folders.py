@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.layouts import LAYOUTS
+from benchmarks.layouts import LAYOUTS, PIPELINES
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import LAST_SIGNAL
 from comfy_xdit.protocol.spec import ModelSpec
@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
 def _model(folder: Any, layout: str) -> Any:
     from comfy_xdit.comfy_types.model.handles import model_of
 
-    remote = RemoteModel(ModelSpec.of(folder, "transformer"), LAYOUTS[layout])
+    remote = RemoteModel(ModelSpec.of(folder, "transformer"), (LAYOUTS | PIPELINES)[layout])
     remote.load()
     return model_of(remote)
 
@@ -259,7 +259,7 @@ def test_an_empty_latent_of_another_model_gets_the_models_size(comfyui, run_node
 
 @pytest.mark.parametrize("name", ["Wan 2.1 T2V", "CogVideoX"], ids=["Wan", "CogVideoX"])
 def test_a_lora_does_what_it_would_do_merged(comfyui, run_node, folders, tmp_path, name):
-    """In peft's names, by the ranks; in kohya's, of diffusers' modules, by the stock node and by the ranks."""
+    """In peft's names, by the ranks; in kohya's by the stock node and by the ranks."""
     case, (module, folder) = FOLDERS[name], folders(name)
     model = _model(folder, "CFG 2")
     peft, kohya = loras.diffusers(module, 3), loras.native(model, "lora", 4)
@@ -293,3 +293,14 @@ def test_a_lora_does_what_it_would_do_merged(comfyui, run_node, folders, tmp_pat
     by_host = loaded("LoraLoaderModelOnly", "kohya")
     assert relative_l2(by_host, without) > 1e-3
     assert relative_l2(loaded("XDiTLoraLoader", "kohya"), by_host) <= PER_RUN
+
+
+def test_stages_of_a_model_with_long_skips_say_what_they_cost(comfyui, run_node, folders):
+    case = FOLDERS["HunyuanDiT"]
+    model, given = _model(folders("HunyuanDiT")[1], "PipeFusion 2"), case.conditions(2)
+    answer = run_node(
+        "XDiTSampler", model=model, seed=SEED, steps=2, cfg=CFG, sampler_name="euler", scheduler="simple",
+        positive=_conditioning(given, 0, None), negative=_conditioning(given, 1, None),
+        latent_image={"samples": torch.zeros(1, *case.shape[1:])}, denoise=1.0,
+    )  # fmt: skip
+    assert "outputs of early blocks" in answer["ui"]["text"][0]
