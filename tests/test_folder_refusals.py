@@ -1,9 +1,10 @@
-"""What is wrong with a diffusers folder, or asked of its model, is said by name; the group survives."""
+"""What is wrong with a diffusers folder, or asked of its model, is said by name before it is computed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from tests.folder_cases import FOLDERS, drawn
 from worker.models.folders.classes import CLASSES, of_folder
 from worker.models.folders.schedule import sampling_of
 from worker.models.plans.diffusers import PLANS
+from worker.parallel.groups import Degrees, RankGroups
+from worker.transformer.transformer import Transformer
 
-ONE = LAYOUTS["1 rank"]
 
-
-def _model(folder: Path) -> RemoteModel:
-    return RemoteModel(ModelSpec.of(folder, "transformer"), ONE)
+def _opened(folder: Path) -> Transformer:
+    """As a rank opens it, in this process."""
+    groups = RankGroups(SimpleNamespace(rank=0, world_size=1), Degrees(1, 1, 1, 1), torch.device("cpu"))
+    return Transformer(ModelSpec.of(folder, "transformer"), groups, groups.degrees)
 
 
 def _written(folder: Path, name: str) -> Path:
@@ -39,7 +42,7 @@ DAMAGES = [
     ("scheduler/scheduler_config.json", None, r"scheduler_config\.json is missing"),
     ("scheduler/scheduler_config.json", "{", r"scheduler_config\.json is damaged"),
     ("scheduler/scheduler_config.json", {"_class_name": "Pickle"}, "which is no class of this diffusers"),
-    ("scheduler/scheduler_config.json", {"_class_name": "SCMScheduler"}, "prediction_type 'trigflow'"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "trigflow"}, "prediction_type 'trigflow'"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10}, "num_train_timesteps 10"),
     ("vae/config.json", None, r"vae/config\.json is missing"),
     ("vae/config.json", {"z_dim": None}, "how many channels a latent has"),
@@ -47,6 +50,10 @@ DAMAGES = [
     ("transformer/config.json", {"text_dim": 10**12}, "no known model has more than"),
     ("transformer/config.json", {"num_layers": "many"}, "looks like wan"),
     ("transformer/config.json", {"text_dim": 48}, "has shape"),
+    ("transformer/config.json", {"patch_size": [1, 2, 0]}, r"says patch_size \[1, 2, 0\]"),
+    ("transformer/config.json", {"in_channels": None}, "no such model has"),
+    ("transformer/config.json", {"num_attention_heads": "4"}, "no such model has"),
+    ("vae/config.json", {"latents_mean": 3}, "no such model has"),
     ("transformer/config.json", {"num_layers": 3}, "lacks the tensor blocks.2"),
     (
         "model_index.json",
@@ -67,20 +74,14 @@ def test_a_folder_that_is_not_whole(tmp_path, file, change, said):
     else:
         _change(folder / file, **change)
     with pytest.raises(InvalidInput, match=said):
-        _model(folder).load()
-    assert worker_group(ONE).pids
+        _opened(folder)
 
 
 def test_a_first_frame_in_place_of_noise_is_refused(tmp_path):
     folder = _written(tmp_path, "HunyuanVideo")
     _change(folder / "transformer" / "config.json", image_condition_type="token_replace")
     with pytest.raises(InvalidInput, match="token_replace"):
-        _model(folder).load()
-
-
-def _call(folder: Path, name: str, x: torch.Tensor, **changes) -> None:
-    given = FOLDERS[name].conditions(2) | changes
-    _model(folder).denoise(x, torch.tensor([5.0, 6.0]), {k: v for k, v in given.items() if v is not None})
+        _opened(folder)
 
 
 # Model, latent's shape, what a conditioning has otherwise, and what is said.
@@ -114,9 +115,21 @@ def written(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "shape", "changes", "said"), CALLS)
 def test_a_call_that_the_class_has_no_place_for(written, name, shape, changes, said):
+    given = FOLDERS[name].conditions(2) | changes
     with pytest.raises(InvalidInput, match=said):
-        _call(written(name), name, drawn(*shape, seed=1), **changes)
-    assert worker_group(ONE).pids
+        _opened(written(name)).check(drawn(*shape, seed=1), given)
+
+
+def test_a_group_survives_what_is_refused(written):
+    folder, case = written("Latte"), FOLDERS["Latte"]
+    remote = RemoteModel(ModelSpec.of(folder, "transformer"), LAYOUTS["1 rank"])
+    remote.load()
+    pids = worker_group(remote.parallel).pids
+    times, given = torch.tensor([5.0, 6.0]), case.conditions(2)
+    with pytest.raises(InvalidInput, match="has 3 frames"):
+        remote.denoise(drawn(2, 4, 3, 8, 8, seed=1), times, given)
+    assert remote.denoise(case.latent(), times, given).isfinite().all()
+    assert worker_group(remote.parallel).pids == pids
 
 
 def test_every_row_has_a_plan_and_no_shapes_are_asked(tmp_path):
@@ -129,7 +142,7 @@ def test_old_folders_name_one_class_for_two_models(tmp_path):
     _change(
         folder / "transformer" / "config.json", _class_name="Transformer2DModel", norm_type="ada_norm_single"
     )
-    assert _model(folder).described().family == "pixart"
+    assert _opened(folder).describe()["family"] == "pixart"
 
 
 def test_a_shift_by_the_size_of_the_picture_is_that_of_large_ones():

@@ -262,8 +262,8 @@ def test_a_lora_does_what_it_would_do_merged(comfyui, run_node, folders, tmp_pat
     """In peft's names, by the ranks; in kohya's by the stock node and by the ranks."""
     case, (module, folder) = FOLDERS[name], folders(name)
     model = _model(folder, "CFG 2")
-    peft, kohya = loras.diffusers(module, 3), loras.native(model, "lora", 4)
     with torch.inference_mode(False):
+        peft, kohya = loras.diffusers(module, 3), loras.native(model, "lora", 4)
         for file, tensors in (("peft", peft), ("kohya", kohya)):
             save_file(tensors, comfyui.models / "loras" / f"{file}.safetensors")
         merged = case.build().requires_grad_(False)

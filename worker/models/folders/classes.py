@@ -20,7 +20,7 @@ def _context(width: str) -> dict[str, Argument]:
 
 
 def _mask(**more: Any) -> dict[str, Argument]:
-    return {MASK: Argument("attention_mask", option="attention_mask", mask=True, **more)}
+    return {MASK: Argument("attention_mask", option="attention_mask", mask="context", **more)}
 
 
 def _wan(config: Config) -> dict[str, Any]:
@@ -73,12 +73,12 @@ CLASSES: dict[str, FolderClass] = {
         "hunyuan-dit",
         {
             TEXT: Argument("context", "cross_attention_dim"),
-            "text_embedding_mask": Argument("text_embedding_mask", option="attention_mask", mask=True),
+            "text_embedding_mask": Argument("text_embedding_mask", option="attention_mask", mask="context"),
             "encoder_hidden_states_t5": Argument(
                 "encoder_hidden_states_t5", "cross_attention_dim_t5", "conditioning_mt5xl"
             ),
             "text_embedding_mask_t5": Argument(
-                "text_embedding_mask_t5", option="attention_mask_mt5xl", mask=True
+                "text_embedding_mask_t5", option="attention_mask_mt5xl", mask="encoder_hidden_states_t5"
             ),
         },
         calls.hunyuan_dit, ("image_meta_size",), text_tokens=333, products=16.0,
@@ -133,4 +133,14 @@ def of_folder(folder: Path, shapes: Shapes) -> FolderFamily | None:
     if not (folder.parent / "model_index.json").is_file():
         return None
     row = CLASSES.get(class_name(folder)) if folder.is_dir() else None
-    return None if row is None else FolderFamily(folder, row, shapes)
+    if row is None:
+        return None
+    try:
+        return FolderFamily(folder, row, shapes)
+    except InvalidInput:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InvalidInput(
+            f"{folder.parent} looks like {row.name}, but its configurations say what no such model has "
+            f"({error}); it is damaged: download it again."
+        ) from error

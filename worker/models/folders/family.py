@@ -33,7 +33,7 @@ class Argument:
         condition: what ComfyUI's call names it.
         width: the entry of the configuration that its last dimension must be; "" may be any.
         option: the entry of a CONDITIONING that has it; "" is its first tensor.
-        mask: it says which tokens of the prompt count, and all do where it is not given.
+        mask: the condition of whose tokens it says which count; all do where it is not given.
         optional: the class does without.
         default, factor: a number where the conditioning has none, and what it is multiplied by.
         remedy: where it comes from, in words.
@@ -42,7 +42,7 @@ class Argument:
     condition: str
     width: str = ""
     option: str = ""
-    mask: bool = False
+    mask: str = ""
     optional: bool = False
     default: float | None = None
     factor: float = 1.0
@@ -92,6 +92,7 @@ class FolderFamily(ModelFamily):
     Raises:
         InvalidInput: a part of the pipeline's folder is missing or damaged, or it is a variant that is called
             otherwise.
+        KeyError, TypeError, ValueError, ArithmeticError: its files hold something else than numbers.
     """
 
     native = ""
@@ -110,8 +111,9 @@ class FolderFamily(ModelFamily):
         self._sampling = sampling_of(words_of(scheduler), scheduler)
         vae = folder.parent / "vae" / "config.json"
         latents = words_of(vae)
-        self._latent = latent_space(latents, _patch(self._config, row.video), vae)
+        self._latent = latent_space(latents, _patch(self._config, row.video, self._file), vae)
         self._inverted = bool(latents.get("invert_scale_latents"))
+        _ = self.width(self._config) + self.beside(self._config)  # numbers, or a TypeError
 
     def detect(self, shapes: Shapes) -> bool:
         return True  # by the folder's own word
@@ -141,9 +143,9 @@ class FolderFamily(ModelFamily):
 
     def prompt(self, config: dict[str, Any]) -> tuple[PromptPart, ...]:
         return tuple(
-            PromptPart(one.condition, one.option, one.default, one.optional or one.mask)
+            PromptPart(one.condition, one.option, one.default, one.optional or bool(one.mask))
             for one in self._row.arguments.values()
-            if not (one.width and config.get(one.width) is None)
+            if not one.width or config.get(one.width)
         )
 
     def call(
@@ -181,7 +183,7 @@ class FolderFamily(ModelFamily):
         self, argument: Argument, config: Config, conditions: dict[str, Any], x: torch.Tensor
     ) -> torch.Tensor | None:
         value = conditions.get(argument.condition)
-        if argument.width and config.get(argument.width) is None:
+        if argument.width and not config.get(argument.width):
             return None  # a variant of the class without it
         if argument.default is not None:
             value = torch.as_tensor(argument.default if value is None else value, device=x.device)
@@ -189,7 +191,7 @@ class FolderFamily(ModelFamily):
         if argument.mask:
             if value is not None:
                 return value != 0
-            return None if argument.optional else _all_tokens(conditions["context"])
+            return None if argument.optional else _all_tokens(conditions[argument.mask])
         if value is None and argument.optional:
             return None
         if not argument.width:
@@ -204,13 +206,18 @@ class FolderFamily(ModelFamily):
         return value
 
 
-def _all_tokens(context: torch.Tensor) -> torch.Tensor:
-    return torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+def _all_tokens(prompt: torch.Tensor) -> torch.Tensor:
+    return torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
 
 
-def _patch(config: Config, video: bool) -> tuple[int, ...]:
+def _patch(config: Config, video: bool, file: Path) -> tuple[int, ...]:
     """Elements of a token along each dimension of a latent."""
-    patch = config["patch_size"]
-    if isinstance(patch, (list, tuple)):
-        return tuple(patch)
-    return (config.get("patch_size_t") or 1, patch, patch) if video else (patch, patch)
+    patch, time = config["patch_size"], config.get("patch_size_t") or 1
+    if not isinstance(patch, (list, tuple)):
+        patch = (time, patch, patch) if video else (patch, patch)
+    if len(patch) != 2 + video or not all(isinstance(part, int) and part > 0 for part in patch):
+        raise InvalidInput(
+            f"{file} says patch_size {config['patch_size']}, and no such model has that; it is damaged: "
+            "download it again."
+        )
+    return tuple(patch)
