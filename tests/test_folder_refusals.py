@@ -91,6 +91,7 @@ CALLS = [
     ("DiT-XL", (2, 4, 8, 8), {"class_labels": None}, "make it with xDiT Class Label"),
     ("Latte", (2, 4, 3, 8, 8), {}, "has 3 frames, and this Latte draws 5"),
     ("CogVideoX", (2, 4, 3, 10, 6), {"context": drawn(2, 4, 32, seed=1)}, "takes 5, padded"),
+    ("Wan 2.1 I2V", (2, 36, 3, 8, 8), {"context": drawn(2, 9, 32, seed=1)}, "takes 512, padded"),
     ("HunyuanDiT", (2, 4, 8, 8), {"context": drawn(2, 9, 32, seed=1)}, "context has 9 tokens"),
     ("SANA", (2, 4, 8, 8), {"context": drawn(2, 7, 31, seed=1)}, "context is 31 wide, sana takes 32"),
     ("SANA", (2, 4, 8, 8), {"reference": drawn(2, 4, seed=1)}, "carries reference, which sana"),

@@ -14,6 +14,7 @@ Config = Mapping[str, Any]
 Table = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each (tokens, width of a head)
 HUNYUAN_SIDE = 64  # of the latents that HunyuanDiT's positions are made for: 512 pixels
 SMALLER = 8  # than a picture are CogVideoX's and HunyuanDiT's latents
+WAN_TEXT = 512  # tokens of a prompt where pictures stand before it
 OFFSET = 2.0  # what CogVideoX 1.5 is given as `ofs` to make a video of a picture
 
 
@@ -94,7 +95,10 @@ def pixart(config: Config, x: torch.Tensor, conditions: Mapping[str, Any]) -> di
 def wan(config: Config, x: torch.Tensor, conditions: Mapping[str, Any]) -> dict[str, Any]:
     """Wan: of a first and a last frame, whose tokens ComfyUI has in one row, diffusers wants one row each."""
     pictures = conditions.get("clip_fea")
-    if config["pos_embed_seq_len"] is None or not isinstance(pictures, torch.Tensor):
+    if not isinstance(pictures, torch.Tensor):
+        return {}
+    _refuse_other_length(conditions.get("context"), WAN_TEXT)  # the class takes all before for pictures
+    if config["pos_embed_seq_len"] is None:
         return {}
     rows = pictures.reshape(-1, config["pos_embed_seq_len"] // 2, pictures.shape[-1])
     return {"encoder_hidden_states_image": rows.to(x.dtype)}
@@ -105,16 +109,21 @@ def _refuse_what_has_no_position(config: Config, x: torch.Tensor, context: Any) 
     learned = config["use_learned_positional_embeddings"]
     most = config["max_text_seq_length"]
     added = learned or not config["use_rotary_positional_embeddings"]
-    if added and isinstance(context, torch.Tensor) and context.shape[1] != most:
-        raise InvalidInput(
-            f"the prompt has {context.shape[1]} tokens, and this model takes {most}, padded; encode it with "
-            "the CLIP of its folder."
-        )
+    if added:
+        _refuse_other_length(context, most)
     height, width = config["sample_height"], config["sample_width"]
     if learned and tuple(x.shape[-2:]) != (height, width):
         raise InvalidInput(
             f"the latent is {x.shape[-1]} x {x.shape[-2]}, and this model has positions for {width} x "
             f"{height} alone; choose {width * SMALLER} x {height * SMALLER} pixels."
+        )
+
+
+def _refuse_other_length(context: Any, most: int) -> None:
+    if isinstance(context, torch.Tensor) and context.shape[1] != most:
+        raise InvalidInput(
+            f"the prompt has {context.shape[1]} tokens, and this model takes {most}, padded; encode it with "
+            "the CLIP of its folder."
         )
 
 
