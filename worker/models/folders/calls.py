@@ -87,9 +87,8 @@ def pixart(config: Config, x: torch.Tensor, conditions: Mapping[str, Any]) -> di
     if not (config["sample_size"] == 128 if told is None else told):
         return {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
     height, width = (float(SMALLER * size) for size in x.shape[-2:])
-    size = conditions.get("c_size", x.new_tensor([[height, width]])).expand(x.shape[0], -1)
-    ratio = conditions.get("c_ar", size[:, :1] / size[:, 1:]).expand(x.shape[0], -1)
-    return {"added_cond_kwargs": {"resolution": size, "aspect_ratio": ratio}}
+    size = x.new_tensor([[height, width]]).expand(x.shape[0], -1)
+    return {"added_cond_kwargs": {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}}
 
 
 def wan(config: Config, x: torch.Tensor, conditions: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,8 +104,8 @@ CLASSES: dict[str, FolderClass] = {
         "mochi", _context("text_embed_dim") | _mask(), video=True, backwards=True, text_tokens=256,
     ),
     "PixArtTransformer2DModel": FolderClass(
-        "pixart", _context("caption_channels") | _mask(optional=True), calls.pixart, ("c_size", "c_ar"),
-        text_tokens=300, products=16.0,
+        "pixart", _context("caption_channels") | _mask(optional=True), calls.pixart, text_tokens=300,
+        products=16.0,
     ),
     "SanaTransformer2DModel": FolderClass(
         "sana",

@@ -64,7 +64,7 @@ class FolderClass:
         backwards: it counts time from noise to picture, and predicts the way there.
         guided: by a negative prompt; False where guidance is distilled into the model.
         text_tokens, products: as of ModelFamily.
-        comfyui: what ComfyUI would tell the model by (its unet_config); None where it knows none.
+        comfyui: what ComfyUI would tell the model by (its unet_config); empty where our own twin is better.
     """
 
     name: str
