@@ -7,7 +7,7 @@ TORCHAUDIO_LIBRARIES := $(COMFYUI_VENV)/lib/python*/site-packages/torchaudio/lib
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz faults soak test-comfyui bench parity simulate lint clean
+.PHONY: demo test fuzz faults soak test-comfyui bench parity models simulate lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m comfy_xdit demo
@@ -33,6 +33,10 @@ lint: $(VENV)/.ready
 parity: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.parity
 
+# Every model of diffusers folders against plain diffusers; writes docs/models.md, as test-comfyui does.
+models: $(VENV)/.ready
+	XDIT_MODELS_PAGE="$(CURDIR)/docs/models.md" $(BIN)/python -m pytest tests/test_folders.py
+
 # The planner on described clusters against published latencies; writes docs/planner.md.
 simulate: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.simulation
@@ -45,6 +49,7 @@ bench: $(VENV)/.ready
 # One environment per checkout: each wants its own front end.
 test-comfyui: $(COMFYUI_VENV)/.ready
 	COMFYUI_DIR="$(COMFYUI_DIR)" XDIT_FAMILIES_PAGE="$(CURDIR)/docs/comfyui-families.md" \
+		XDIT_MODELS_PAGE="$(CURDIR)/docs/models.md" \
 		$(COMFYUI_VENV)/bin/python -m pytest tests/comfyui
 
 # The constraint file pins torch, so that no dependency pulls another build of it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from comfy_xdit.nodes.class_label import XDiTClassLabel
 from comfy_xdit.nodes.config import XDiTParallelConfig
 from comfy_xdit.nodes.controlnet import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.nodes.ip_adapter import XDiTIPAdapterApply, XDiTIPAdapterLoader
@@ -38,7 +39,7 @@ bind(_surroundings)
 NODES = (
     XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader,
     XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply, XDiTSampler,
-    XDiTVAEDecode, XDiTStatus,
+    XDiTVAEDecode, XDiTClassLabel, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

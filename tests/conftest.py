@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,3 +36,14 @@ def _no_group_survives() -> Iterator[None]:
 
     for group in running_groups():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def models_table() -> Iterator[Any]:
+    """Of docs/models.md, which is written where XDIT_MODELS_PAGE names it."""
+    from tests.models_table import ModelsTable
+
+    table = ModelsTable()
+    yield table
+    if page := os.environ.get("XDIT_MODELS_PAGE"):
+        table.write(Path(page))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,9 +90,9 @@ def test_config_from_shapes_equals_the_folders(tiny_models, name):
 def test_families_are_told_by_their_tensors(tiny_models):
     for model in tiny_models.values():
         for source in (model.folder, model.file):
-            assert detect(Checkpoint.at(source).shapes, "x").name == model.family.name
+            assert detect(source, Checkpoint.at(source).shapes, "x").name == model.family.name
     with pytest.raises(InvalidInput, match="none of the families sd3, flux"):
-        detect({"input_blocks.0.0.weight": (1,)}, "sdxl.safetensors")
+        detect(Path("sdxl.safetensors"), {"input_blocks.0.0.weight": (1,)}, "sdxl.safetensors")
 
 
 def test_a_truncated_file_is_named(tiny_models, tmp_path):

@@ -38,7 +38,7 @@ def test_it_is_the_same_after_the_bridge_and_after_a_json_file(told):
             "(Sampling) without nothing and with sigma",
         ),
         (lambda d: d | {"prompt": ["context"]}, "(PromptPart) without"),
-        (lambda d: None, "without around, blocks"),
+        (lambda d: None, "without around, beside, blocks"),
     ],
 )
 def test_another_version_s_words_are_refused_by_name(change, words):

@@ -168,6 +168,17 @@ def test_pipefusion_shares_the_weights_and_keeps_keys():
     assert one.memory / 4 < staged.memory < one.memory / 2
 
 
+def test_outputs_that_late_blocks_read_make_stages_dear():
+    skipping = replace(
+        FLUX, shape=ModelShape.of(replace(DESCRIBED, heads=24, width=3072, blocks=40, skips=True))
+    )
+    plain = replace(skipping, shape=replace(skipping.shape, skips=False))
+    layout, ethernet = ParallelConfig(pipefusion_degree=16), cluster.parse("2 x 8 H100 Ethernet")
+    dear, cheap = (predict(layout, one, ethernet) for one in (skipping, plain))
+    assert dear.communication > cheap.communication
+    assert dear.compute == cheap.compute
+
+
 def test_ulysses_sends_less_the_more_ranks_and_ring_more():
     pictures = Request.picture(PUBLISHED["flux"], 2048, 2048)
     slow = replace(L40, far=None, near=cluster.Link("slow", 1e9, 0.0))

@@ -151,10 +151,10 @@ def test_a_part_is_the_part_of_the_whole(tiny_models):
             (size // 2 - 3, size // 2 + 3),
             (size - 1, size),
         ):
-            parts = dict(checkpoint.parts({name: Part(mapping[name], start, stop)}, torch.float32))
+            parts = dict(checkpoint.parts({name: Part(mapping[name], start, stop)}))
             assert torch.equal(parts[name], whole[start:stop]), (name, start, stop)
     odd = Source("img_in.bias", 1, 8, swap=False)
-    (part,) = dict(checkpoint.parts({"odd": Part(odd, 2, 7)}, torch.float32)).values()
+    (part,) = dict(checkpoint.parts({"odd": Part(odd, 2, 7)})).values()
     assert torch.equal(part, checkpoint.tensors({"odd": odd}, torch.float32)["odd"][2:7])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ MAX_JSON_BYTES = 16 << 20  # of a configuration; published ones have some kiloby
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be stored as
 QUANTISED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
 Shapes = dict[str, tuple[int, ...]]
+Dtype = torch.dtype | Mapping[str, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,19 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def tensors(
-        self, mapping: dict[str, Source], dtype: torch.dtype, device: torch.device | None = None
+        self, mapping: dict[str, Source], dtype: Dtype, device: torch.device | None = None
     ) -> dict[str, torch.Tensor]:
         """Read every mapped tensor as `dtype`. Slices are read, not whole tensors.
 
         Args:
+            dtype: one for all, or of each.
             device: where they are to stay, as copies. None: on CPU and maybe as views of the file, which
                 change with it, and which it must not be cut off under: to be used at once.
         """
         return dict(self.stream(mapping, dtype, device))
 
     def stream(
-        self, mapping: dict[str, Source], dtype: torch.dtype, device: torch.device | None = None
+        self, mapping: dict[str, Source], dtype: Dtype, device: torch.device | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """As `tensors`, one after the other in the order of `mapping`.
 
@@ -115,7 +117,8 @@ class Checkpoint:
                 for name, source in some.items():
                     file, key = self._place[source.key]
                     tensor = _read(opened[file], key, source)
-                    yield name, tensor.to(device or "cpu", dtype, copy=device is not None)
+                    wanted = dtype if isinstance(dtype, torch.dtype) else dtype[name]
+                    yield name, tensor.to(device or "cpu", wanted, copy=device is not None)
 
     def views(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Every tensor under its name in the file, as a view of the file's memory map; and the metadata.
@@ -131,12 +134,12 @@ class Checkpoint:
                 metadata |= stored.metadata() or {}
         return tensors, metadata
 
-    def parts(self, wanted: dict[str, Part], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `stream`, of parts of tensors, each as one row of elements. Only their rows are read."""
+    def parts(self, wanted: dict[str, Part]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parts of tensors as they are stored, each as one row of elements. Only their rows are read."""
         with self._opened() as opened:
             for name, part in wanted.items():
                 file, key = self._place[part.source.key]
-                yield name, _read_part(opened[file], key, part).to(dtype)
+                yield name, _read_part(opened[file], key, part)
 
     def not_finite(self, keys: Iterable[str], dtype: torch.dtype) -> str | None:
         """The first of these tensors that holds a NaN or an infinity as `dtype`; reads them whole.

@@ -64,6 +64,7 @@ SIGNATURES = [
     ("BaseModel", "apply_model", [APPLY], "the sampler's way into the twin"),
     ("BaseModel", "memory_required", ["self, input_shape, cond_shapes={}"], "the twin overrides it"),
     ("BASE", "get_model", ["self, state_dict, prefix='', device=None"], "builds the twin"),
+    ("model_base", "model_sampling", ["model_config, model_type"], "samples as a diffusers folder says"),
     (
         "BASE",
         "set_inference_dtype",
@@ -172,6 +173,7 @@ def owners() -> dict[str, Any]:
     return {
         "ModelPatcher": comfy.model_patcher.ModelPatcher,
         "BaseModel": comfy.model_base.BaseModel,
+        "model_base": comfy.model_base,
         "BASE": comfy.supported_models_base.BASE,
         "VAE": comfy.sd.VAE,
         "CLIP": comfy.sd.CLIP,
@@ -222,6 +224,18 @@ def transformer_call() -> list[str]:
         return []
     return [
         f"BaseModel._apply_model no longer calls {TRANSFORMER_CALL}: the ranks would get other arguments."
+    ]
+
+
+def models_without_a_class() -> list[str]:
+    """A BaseModel can be built around a transformer that is put in afterwards."""
+    from comfy_xdit.comfy_types.model.described import NO_TRANSFORMER
+
+    source = _source(owners()["BaseModel"].__init__)
+    return [
+        f"BaseModel no longer has {name}: models of diffusers folders cannot be built."
+        for name in NO_TRANSFORMER
+        if name not in source
     ]
 
 
@@ -314,7 +328,10 @@ def adapters() -> list[str]:
     return found
 
 
-CHECKS = (signatures, weights_are_left_alone, transformer_call, control_calls, host_options, clip, adapters)
+CHECKS = (
+    signatures, weights_are_left_alone, transformer_call, models_without_a_class, control_calls, host_options,
+    clip, adapters,
+)  # fmt: skip
 
 
 @functools.cache

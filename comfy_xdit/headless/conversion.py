@@ -48,8 +48,9 @@ def conditions_of(
             sampling can honour.
     """
     context, options = _only_entry(conditioning)
-    found = {part.name: _part(part, context, options, described.family) for part in described.prompt}
-    _refuse_options(options)
+    parts = [part for part in described.prompt if not (part.optional and options.get(part.option) is None)]
+    found = {part.name: _part(part, context, options, described.family) for part in parts}
+    _refuse_options(options, {part.option for part in parts})
     for name, tensor in found.items():
         _refuse_not_finite(tensor, f"conditioning ({name})")
     return {name: _repeated(tensor.float().cpu(), batch) for name, tensor in found.items()}
@@ -233,8 +234,8 @@ def _only_entry(conditioning: Conditioning) -> tuple[torch.Tensor, dict[str, Any
     return entry[0], entry[1]
 
 
-def _refuse_options(options: dict[str, Any]) -> None:
-    known = ("pooled_output", "guidance")
+def _refuse_options(options: dict[str, Any], taken: set[str]) -> None:
+    known = {"pooled_output", "guidance"} | taken
     refused = [
         name
         for name, value in options.items()

@@ -11,6 +11,8 @@ from comfy_xdit.protocol.spec import SAMPLERS
 if TYPE_CHECKING:
     import torch
 
+    from comfy_xdit.remote import RemoteModel
+
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 _NAMES = f"{', '.join(SAMPLERS[:-1])} and {SAMPLERS[-1]}"
 
@@ -84,7 +86,19 @@ def sample(here: Surroundings, model: Any, **widgets: Any) -> tuple[dict[str, An
     show = here.progress(model, inputs.steps)
     with here.interruptible():
         answer = remote.sample(request, on_progress=show, interrupted=here.interrupted)
-    return _answer(inputs, finish(answer)), ""
+    return _answer(inputs, finish(answer)), _cost(remote)
+
+
+def _cost(remote: RemoteModel) -> str:
+    """What is special of a layout for a model, that one may not want."""
+    described, stages = remote.described(), remote.parallel.pipefusion_degree
+    if stages == 1 or not described.skips:
+        return ""
+    return (
+        f"{described.family} reads outputs of early blocks in late ones: PipeFusion sends up to "
+        f"{described.blocks // 2} of them between its {stages} stages with every patch, beside the one that "
+        "other models send; ulysses_degree sends less."
+    )
 
 
 def _answer(inputs: SamplerInputs, samples: torch.Tensor) -> dict[str, Any]:

@@ -197,7 +197,9 @@ class _Step:
     def _pipeline(self) -> float:
         """Patches enter and leave a stage while it computes others."""
         span = self._ranks * self._stages
-        sent = self._send(2 * self._activation, span, self._ranks, 2 * self._stages)
+        # In the middle all outputs of the first half cross that blocks of the second one read.
+        outputs = 1 + self._shape.blocks / 2 if self._shape.skips else 1
+        sent = self._send(2 * outputs * self._activation, span, self._ranks, 2 * self._stages)
         return max(0.0, sent - self._constants.hidden * (self.products + self.traffic))
 
     def _gathering(self) -> float:

@@ -28,6 +28,7 @@ class ModelShape:
         products: multiplications per token and block, in units of width squared.
         pixels: height and width of a token in the picture.
         output: numbers that a step gives back per token.
+        skips: blocks of the second half read the outputs of those of the first.
     """
 
     family: str
@@ -42,6 +43,7 @@ class ModelShape:
     products: float = 12.0
     pixels: tuple[int, int] = (16, 16)
     output: int = 64
+    skips: bool = False
 
     @classmethod
     def of(cls, described: ModelDescription) -> ModelShape:
@@ -51,7 +53,7 @@ class ModelShape:
             described.family, described.heads, described.width, described.blocks, described.parameters,
             described.guided, described.dual, described.text_tokens, "text" in described.streams,
             described.products, tuple(latent.compression * part for part in latent.patch[-2:]),
-            latent.channels * math.prod(latent.patch),
+            latent.channels * math.prod(latent.patch), described.skips,
         )  # fmt: skip
 
     @property

@@ -24,6 +24,7 @@ class LatentSpace:
         channels: of a latent.
         dimensions: 2 for pictures (B, C, H, W), 3 for videos (B, C, T, H, W), 1 for sound (B, C, T).
         compression: pixels per element along a side of the picture; None where only ComfyUI knows it.
+        frames: of a video per element in time.
         patch: elements of a token along each dimension; empty where only ComfyUI's class knows it.
         scale: a factor.
         mean, std: of every channel, or one for all; empty is 0 and 1.
@@ -32,6 +33,7 @@ class LatentSpace:
     channels: int
     dimensions: int = 2
     compression: int | None = 8
+    frames: int = 1
     patch: tuple[int, ...] = (2, 2)
     scale: float = 1.0
     mean: tuple[float, ...] = ()
@@ -82,12 +84,13 @@ class PromptPart:
     Args:
         name: of the argument, as ComfyUI calls it.
         option: the entry of the conditioning's options that holds it; "" is its first tensor.
-        default: where there is no such entry; None: there must be one.
+        default: where there is no such entry; None: there must be one, unless it is `optional`.
     """
 
     name: str
     option: str = ""
     default: float | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class ModelDescription:
         comfyui: its class is ComfyUI's own, whose twin on the host knows latents, sampling and prompts.
         latent: what it draws.
         sampling: how time becomes noise, and what it predicts; None where only the twin knows.
-        prompt: what a CONDITIONING must bring; empty where the twin knows.
+        prompt: what a CONDITIONING brings; empty where the twin knows.
         guided: by a second, negative prompt; False where guidance is distilled into the model.
         rows_apart: rows of a batch do not depend on each other.
         heads, width: attention heads and numbers per token; None where they are not known.
@@ -116,6 +119,10 @@ class ModelDescription:
         around: methods with weights that ComfyUI calls around the forward, of a class that has them.
         keeping: methods that begin to keep keys of earlier frames, of a class that has them.
         remade: entries of arguments, as "argument.entry", that the class makes anew where they are left out.
+        twin: of a class whose weights have diffusers' names alone, what ComfyUI would tell the model by (its
+            unet_config), where it may know it; None where the twin is made from the file.
+        beside: channels that a call has behind the latent's: pictures a video begins with, masks.
+        skips: blocks read the outputs of much earlier ones, which PipeFusion sends along.
     """
 
     family: str
@@ -142,6 +149,9 @@ class ModelDescription:
     around: tuple[str, ...] = ()
     keeping: tuple[str, ...] = ()
     remade: tuple[str, ...] = ()
+    twin: tuple[tuple[str, Any], ...] | None = None
+    beside: int = 0
+    skips: bool = False
 
     @classmethod
     def of(cls, told: Any) -> ModelDescription:
@@ -151,7 +161,7 @@ class ModelDescription:
             InvalidInput: an entry is missing or unknown.
         """
         given = _checked(cls, told)
-        sampling = given["sampling"]
+        sampling, twin = given["sampling"], given["twin"]
         names = ("streams", "around", "keeping", "remade")
         return cls(
             **given
@@ -161,6 +171,7 @@ class ModelDescription:
                 "prompt": tuple(_built(PromptPart, part) for part in given["prompt"]),
             }
             | {name: tuple(given[name]) for name in names}
+            | {"twin": None if twin is None else tuple((name, value) for name, value in twin)}
         )
 
     def plain(self) -> dict[str, Any]:

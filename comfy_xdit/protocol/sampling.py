@@ -28,6 +28,7 @@ class Sampling:
         prediction: of PREDICTIONS, "flow" with the flow kinds.
         betas: the first and the last of a table; `even_roots`: their square roots are evenly spaced, as
             diffusers' "scaled_linear" has them, and not they themselves.
+        snr_shift: what the table's ratio of signal to noise is divided by (CogVideoX).
         zero_snr: the table ends in noise alone.
     """
 
@@ -37,6 +38,7 @@ class Sampling:
     prediction: str = "flow"
     betas: tuple[float, float] = (0.00085, 0.012)
     even_roots: bool = True
+    snr_shift: float = 1.0
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
@@ -119,6 +121,7 @@ class Sampling:
         first, last = (beta**0.5 if self.even_roots else beta for beta in self.betas)
         betas = torch.linspace(first, last, size, dtype=torch.float64)
         signal = torch.cumprod(1.0 - (betas**2 if self.even_roots else betas), 0)  # alpha bar
+        signal = signal / (self.snr_shift + (1.0 - self.snr_shift) * signal)
         if self.zero_snr:  # arXiv:2305.08891, algorithm 1
             root = signal.sqrt()
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])

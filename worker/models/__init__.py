@@ -3,11 +3,14 @@
 What other rooms use of it is here; what needs ComfyUI, in `worker.models.comfyui`.
 """
 
+from pathlib import Path
+
 from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Shapes
 from worker.models.base import ModelFamily, to_whole_patches
 from worker.models.controlnet import CONTROLNETS, ControlNetFamily
 from worker.models.flux.family import Flux
+from worker.models.folders.classes import CLASSES, of_folder
 from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
 from worker.models.pixart import PixArtSigma
 from worker.models.sd3.family import SD3
@@ -26,6 +29,7 @@ __all__ = [
 ]
 
 FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux(), PixArtSigma())
+NAMES = (*(family.name for family in FAMILIES), *(f"{row.name} (folders)" for row in CLASSES.values()))
 
 
 def in_diffusers(configuration: str) -> bool:
@@ -33,17 +37,21 @@ def in_diffusers(configuration: str) -> bool:
     return any(configuration in family.configurations for family in FAMILIES)
 
 
-def detect(shapes: Shapes, path: str) -> ModelFamily:
-    """The family of a checkpoint with these tensors.
+def detect(folder: Path, shapes: Shapes, path: str) -> ModelFamily:
+    """The family of a checkpoint with these tensors: by its folder's own word, where that is in the table.
+
+    Args:
+        folder: of the transformer, or its file.
+        path: for messages.
 
     Raises:
-        InvalidInput: none of FAMILIES.
+        InvalidInput: none that is known.
     """
-    for family in FAMILIES:
-        if family.detect(shapes):
-            return family
+    family = of_folder(folder, shapes) or next((f for f in FAMILIES if f.detect(shapes)), None)
+    if family is not None:
+        return family
     some = ", ".join(sorted(shapes)[:3])
     raise InvalidInput(
-        f"{path} is of none of the families {', '.join(f.name for f in FAMILIES)}: its {len(shapes)} tensors "
+        f"{path} is of none of the families {', '.join(NAMES)}: its {len(shapes)} tensors "
         f"begin with {some}; choose a diffusion model of one of these families."
     )

@@ -96,6 +96,14 @@ class ModelFamily(ABC):
         """Blocks whose image tokens attend to each other a second time."""
         return 0
 
+    def beside(self, config: dict[str, Any]) -> int:
+        """Channels that a call has behind the latent's."""
+        return 0
+
+    def twin(self, config: dict[str, Any]) -> tuple[tuple[str, Any], ...] | None:
+        """What ComfyUI would tell the model by; None where its twin is made from the file."""
+        return None
+
     @abstractmethod
     def call(
         self, config: dict[str, Any], x: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, Any]

@@ -40,6 +40,7 @@ class PixArtSigma(ModelFamily):
             "caption_projection.linear_1.weight" in shapes
             and "adaln_single.linear.weight" in shapes
             and "adaln_single.emb.resolution_embedder.linear_1.weight" not in shapes
+            and "pos_embed.proj.weight" in shapes  # SANA's is another
         )
 
     def config(self, shapes: Shapes) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class ShardedWeights:
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], ranks: int, dtype: torch.dtype | None):
-        self._blocks, self._ranks, self._dtype = list(blocks), ranks, dtype
+        self._blocks, self._ranks = list(blocks), ranks
         self.places: dict[str, Place] = {}
         self._lengths: list[int] = []  # of each rank's part of each block
         for number, block in enumerate(blocks):
@@ -87,7 +87,7 @@ class ShardedWeights:
             places = {weight: place for weight, place in self.places.items() if place.block == number}
             wanted = {w: Part(mapping[w], *self._own(p)) for w, p in places.items() if self._has(p)}
             # A block at a time, so that no more of the file than that is mapped at once.
-            for weight, tensor in checkpoint.parts(wanted, self._dtype):
+            for weight, tensor in checkpoint.parts(wanted):
                 self._target(places[weight]).copy_(tensor)
 
     def attach(self, module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:

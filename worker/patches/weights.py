@@ -14,7 +14,7 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Keep, Known, Patch, PatchSet
-from worker.checkpoints import Checkpoint, Source
+from worker.checkpoints import Checkpoint, Dtype, Source
 from worker.patches.adapters import Tensors, patched
 from worker.patches.lora_files import FileTensor, LoraFiles
 
@@ -124,7 +124,7 @@ class PatchedWeights(PatchedModel):
         weights: by diffusers name what this rank has; written in place.
         native: where each of them is in the original release's naming, which patches use.
         checkpoint: the file, and `mapping`: where each of them is in it.
-        dtype: what the file's tensors are cast to.
+        dtype: what the file's tensors are cast to, one for all or of each.
         loras: as of PatchedModel.
     """
 
@@ -134,7 +134,7 @@ class PatchedWeights(PatchedModel):
         native: dict[str, Source],
         checkpoint: Checkpoint,
         mapping: dict[str, Source],
-        dtype: torch.dtype,
+        dtype: Dtype,
         loras: LoraFiles,
     ):
         self._weights, self._checkpoint, self._mapping, self._dtype = weights, checkpoint, mapping, dtype

@@ -93,9 +93,13 @@ def join(sides: list[dict[str, Any]]) -> dict[str, Any] | None:
     Each is (B, ...); contexts of different length are padded and get `context_lengths`. None when the
     sides differ in more than that (a reference picture on one of them only): they are two calls.
     """
-    lengths = [side["context"].shape[1] for side in sides]
+    # A class without a prompt, of labels, has no context.
+    lengths = [side["context"].shape[1] if "context" in side else 0 for side in sides]
     padded = [
-        {**side, "context": pad(side["context"], (0, 0, 0, max(lengths) - length))}
+        {
+            name: pad(v, (0, 0, 0, max(lengths) - length)) if name == "context" else v
+            for name, v in side.items()
+        }
         for side, length in zip(sides, lengths, strict=True)
     ]
     if any(_outline(side) != _outline(padded[0]) for side in padded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Transformer:
         self._groups, self._path = groups, spec.path
         folder = _model_folder(Path(spec.path))
         checkpoint = Checkpoint.at(folder)
-        self.family: ModelFamily = detect(checkpoint.shapes, spec.path)
+        self.family: ModelFamily = detect(folder, checkpoint.shapes, spec.path)
         self.config = self._config(checkpoint, folder)
         self.latent = self.family.latent(self.config)
         _check_heads(self.family.name, self.family.heads(self.config), degrees)
@@ -54,6 +55,9 @@ class Transformer:
         self._checkpoint, self._tokens, self._patched = checkpoint, None, None
         self._mapping = self.family.mapping(checkpoint.shapes, self.config)
         self.module = _build(self.family, self.config, spec.path)
+        self._dtypes = _dtypes(self.module, self.dtype)
+        for name, parameter in self.module.named_parameters():
+            parameter.data = parameter.data.to(self._dtypes[name])
         check_complete(self.module, self._mapping, checkpoint, spec.path)
         self.loras = LoraFiles.of(self.family, self.config, checkpoint.shapes)
         self.ip_adapters = IPAdapters(self.family, self.config, self.dtype, groups.device)
@@ -68,14 +72,14 @@ class Transformer:
         self._shards: ShardedWeights | None = None
         if degrees.shards > 1:
             blocks = self.stage.names if self.stage else block_names(self.module, self.family.plan)
-            self._shards = ShardedWeights(self.module, blocks, degrees.shards, self.dtype)
+            self._shards = ShardedWeights(self.module, blocks, degrees.shards, None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's weights once they are read, and of IP-Adapters that were."""
         shards = self._shards
         whole = {n: p for n, p in self.module.named_parameters() if not (shards and n in shards.places)}
-        own = sum(p.numel() for p in whole.values()) * self.dtype.itemsize
+        own = sum(p.numel() * p.dtype.itemsize for p in whole.values())
         return own + (shards.nbytes if shards else 0) + self.ip_adapters.nbytes
 
     def prove(self) -> None:
@@ -87,13 +91,13 @@ class Transformer:
         if shards is not None:
             shards.load(self.module, self._checkpoint, self._mapping, self._groups.shard_group, device)
             whole = {name: source for name, source in whole.items() if name not in shards.places}
-        tensors = self._checkpoint.tensors(whole, self.dtype, device)
+        tensors = self._checkpoint.tensors(whole, self._dtypes, device)
         self.module.load_state_dict(tensors, assign=True, strict=shards is None)
         self.module.to(device).eval().requires_grad_(False)
         native = self.family.native_mapping(self.config)
         weights = self.module.state_dict() | (shards.weights() if shards is not None else {})
         self._patched = PatchedWeights(
-            weights, native, self._checkpoint, self._mapping, self.dtype, self.loras
+            weights, native, self._checkpoint, self._mapping, self._dtypes, self.loras
         )
         self.family.prepare(self.module)
         kernel = ring_kernel(self.module, self._groups)
@@ -151,6 +155,9 @@ class Transformer:
             parameters=self._parameters,
             stored=str(self._checkpoint.common_dtype()).removeprefix("torch."),
             dtype=str(self.dtype).removeprefix("torch."),
+            twin=family.twin(config),
+            beside=family.beside(config),
+            skips=family.plan.skips is not None,
         ).plain()
 
     def _predict(self, batch: Batch) -> torch.Tensor:
@@ -191,7 +198,7 @@ class Transformer:
             return self._predict_by_length(batch)
         own = batch.rows(shard.span(self._groups.branch))
         # Sequence ranks of one branch have the same rows, so that one without any skips as a whole.
-        outputs = self._predict_by_length(own) if len(own) else batch.x[:0]
+        outputs = self._predict_by_length(own) if len(own) else batch.x[:0, : self.latent.channels]
         self.gather_unused(self.idle_calls([batch]))
         return self._groups.gather_rows(outputs, shard)
 
@@ -233,9 +240,10 @@ class Transformer:
         nets: Sequence[NetCall] = (),
     ) -> dict[str, Any]:
         """The conditions that are set. Raises InvalidInput before any rank has begun to compute."""
-        if not self.latent.fits(x):
+        taken = replace(self.latent, channels=self.latent.channels + self.family.beside(self.config))
+        if not taken.fits(x):
             raise InvalidInput(
-                f"the latent has shape {tuple(x.shape)}, {self.family.name} takes {self.latent.shape}; make "
+                f"the latent has shape {tuple(x.shape)}, {self.family.name} takes {taken.shape}; make "
                 f"it with an empty latent node for {self.latent.channels} channels."
             )
         if not torch.isfinite(x).all():
@@ -294,6 +302,12 @@ def _build(family: ModelFamily, config: dict[str, Any], path: str) -> torch.nn.M
             f"{path} looks like {family.name}, but its tensors have shapes that no such model has ({error}); "
             "the file is damaged: download it again."
         ) from error
+
+
+def _dtypes(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of each tensor `dtype`, but of those that diffusers keeps in fp32 wherever it loads the class."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return {name: torch.float32 if kept & set(name.split(".")) else dtype for name in module.state_dict()}
 
 
 def _check_heads(family: str, heads: int, degrees: Degrees) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
 from comfy_xdit.comfy_types.model.controlnet import NETS
+from comfy_xdit.comfy_types.model.described import described_twin
 from comfy_xdit.comfy_types.model.exact_calls import answer_for, arguments
 from comfy_xdit.comfy_types.model.options import PICTURES, rank_options
 from comfy_xdit.comfy_types.model.original import ORIGINAL, Original
@@ -33,7 +34,11 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
         InvalidInput: this ComfyUI does not know the model's family.
     """
     described = remote.described()
-    twin = build_twin(remote.spec.path, _dtype(described.dtype), _dtype(described.manual_cast))
+    dtypes = _dtype(described.dtype), _dtype(described.manual_cast)
+    if described.twin is None:
+        twin = build_twin(remote.spec.path, *dtypes)
+    else:
+        twin = described_twin(remote.spec.path, described, *dtypes)
     setattr(twin, HANDLE, remote)
     if described.comfyui:
         answer_for(remote, twin, described)

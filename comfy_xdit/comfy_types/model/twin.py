@@ -50,13 +50,18 @@ def build_twin(path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | 
     config, shapes = detect(Path(path))
     config.set_inference_dtype(dtype, manual_cast)
     config.custom_operations = _twin_operations()
-    twin = on_meta(lambda: config.get_model(dict(shapes), "", device=META))
+    twin = emptied(on_meta(lambda: config.get_model(dict(shapes), "", device=META)))
+    lend_embedders(twin.diffusion_model, transformer_files(Path(path)))
+    return twin
+
+
+def emptied(twin: Any) -> Any:
+    """A BaseModel without the numbers of its weights, and without need of memory."""
     # Shared by all clones. Nothing of this model needs the host's memory, and a host without any
     # free still gets positive and negative in one call.
     twin.memory_required = lambda *_, **__: 0
     twin.state_dict_for_saving = _refuse_saving
     take_away(twin, "diffusion_model")
-    lend_embedders(twin.diffusion_model, transformer_files(Path(path)))
     return twin
 
 

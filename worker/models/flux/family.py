@@ -1,4 +1,4 @@
-"""FLUX.1 dev and schnell: diffusers' FluxTransformer2DModel.
+"""FLUX.1 dev, schnell, Kontext, Fill, Canny and Depth: diffusers' FluxTransformer2DModel.
 
 Names in the file: Black Forest Labs' (`double_blocks...`, as ComfyUI loads them) or diffusers'.
 Source of the mapping: black-forest-labs/flux model.py and diffusers' transformer_flux.py.
@@ -119,7 +119,12 @@ class Flux(ModelFamily):
 
     def latent(self, config: dict[str, Any]) -> LatentSpace:
         patch = (PATCH, PATCH)
-        return LatentSpace(config["in_channels"] // PATCH**2, patch=patch, scale=0.3611, mean=(0.1159,))
+        channels = (config["out_channels"] or config["in_channels"]) // PATCH**2
+        return LatentSpace(channels, patch=patch, scale=0.3611, mean=(0.1159,))
+
+    def beside(self, config: dict[str, Any]) -> int:
+        # Of Fill a picture and its mask, of Canny and Depth what they go by.
+        return config["in_channels"] // PATCH**2 - self.latent(config).channels
 
     def prompt(self, config: dict[str, Any]) -> tuple[PromptPart, ...]:
         parts = PromptPart("context"), PromptPart("y", "pooled_output")
