@@ -1,9 +1,9 @@
-"""`comfy-xdit models FILE`: what a file is, which methods it can use, and what it is near if it is unknown."""
+"""`comfy-xdit models FILE`: what a file is, which methods it can use, and what an unknown one is near."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from comfy_xdit.protocol.description import ModelDescription
@@ -80,7 +80,7 @@ def _of_class(whose: str, described: ModelDescription, spec: ModelSpec, group: W
         f"{described.blocks} blocks; in the ranks of this machine {described.dtype}{cast}"
     )
     for method, degrees in METHODS.items():
-        yield f"  {method:<16}{_answer(method, degrees, described, spec, group)}"
+        yield f"  {method:<18}{_answer(method, degrees, described, spec, group)}"
 
 
 def _answer(
@@ -88,7 +88,8 @@ def _answer(
 ) -> str:
     if method in ROWS and not described.rows_apart:
         return "no: its rows depend on each other"
-    layout = ParallelConfig(**degrees, devices=("cpu",) * math.prod(n for n in degrees.values() if n is not True))
+    layout = ParallelConfig(**degrees)
+    layout = replace(layout, devices=("cpu",) * layout.world_size)
     try:
         group.call(Check(spec, layout))
     except InvalidInput as error:

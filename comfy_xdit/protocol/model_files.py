@@ -1,4 +1,4 @@
-"""What a diffusion model's files hold, by their headers: a safetensors or GGUF file, or a diffusers folder."""
+"""What a diffusion model's files hold, by their headers: safetensors, GGUF, or a diffusers folder."""
 
 from __future__ import annotations
 

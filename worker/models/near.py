@@ -1,47 +1,62 @@
-"""Which known families a file looks like: by the names of its tensors, with any number for a block's."""
+"""Which known models a file looks like: by the names of its tensors, with `*` for the numbers in them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from comfy_xdit.protocol.model_files import stored_tensors
+from comfy_xdit.protocol.quantised import MARKS
+from comfy_xdit.protocol.spec import HostComfyUI
 from worker.models.base import ModelFamily
+from worker.models.comfyui.installation import import_comfyui
 
 MOST = 3
 LEAST = 0.05  # of the names of both, the share that both must have
-Patterns = dict[str, int]  # names without block numbers, and how many dimensions
+Patterns = dict[str, int]  # names, and how many dimensions each has
 
 
-def nearest(path: Path, known: Mapping[str, Patterns]) -> list[dict[str, Any]]:
-    """As the message Compare says, of the families in `known`."""
-    own = patterns({name: tensor.shape for name, tensor in stored_tensors(path).items()})
+def nearest(
+    path: Path, families: Sequence[ModelFamily], comfyui: HostComfyUI | None, device: torch.device
+) -> list[dict[str, Any]]:
+    """As the message Compare says.
+
+    Args:
+        families: of diffusers' classes.
+        comfyui: whose classes count too.
+    """
+    known = dict(_of_families(families))
+    if comfyui is not None:
+        import_comfyui(comfyui, device)
+        from worker.models.comfyui.known import shapes_of_classes
+
+        known |= {name: patterns(shapes) for name, shapes in shapes_of_classes()}
+    stored = stored_tensors(path).items()
+    own = patterns({name: tensor.shape for name, tensor in stored if not name.endswith(MARKS)})
     found = [_compared(name, own, other) for name, other in known.items()]
     found.sort(key=lambda one: (-one["share"], one["name"]))
     return [one for one in found if one["share"] >= LEAST][:MOST]
 
 
-def of_families(families: tuple[ModelFamily, ...]) -> Iterator[tuple[str, Patterns]]:
-    """diffusers' classes in their own size, under diffusers' names and under the original release's."""
+def patterns(shapes: Mapping[str, Sequence[int]]) -> Patterns:
+    """Names with `*` for the numbers in them, and how many dimensions each has."""
+    return {re.sub(r"(?<=\.)\d+(?=\.)", "*", name): len(shape) for name, shape in shapes.items()}
+
+
+def _of_families(families: Sequence[ModelFamily]) -> Iterator[tuple[str, Patterns]]:
+    """Their classes in the size that diffusers gives them, in diffusers' names and in the release's."""
     for family in families:
         with torch.device("meta"):
             module = family.build({})
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        yield f"{family.name} (diffusers' names)", patterns(shapes)
+        yield f"{family.name} in diffusers' names", patterns(shapes)
         native = family.native_mapping(dict(module.config)).items()
-        yield (
-            f"{family.name} (the release's names)",
-            patterns({source.key: shapes[name] for name, source in native}),
-        )
-
-
-def patterns(shapes: Mapping[str, tuple[int, ...]]) -> Patterns:
-    """Names with `*` for the numbers in them, and how many dimensions each has."""
-    return {re.sub(r"(?<=\.)\d+(?=\.)", "*", name): len(shape) for name, shape in shapes.items()}
+        released = {source.key: shapes[name] for name, source in native if name in shapes}
+        yield f"{family.name} in its release's names", patterns(released)
 
 
 def _compared(name: str, own: Patterns, other: Patterns) -> dict[str, Any]:
