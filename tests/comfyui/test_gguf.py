@@ -247,6 +247,24 @@ def test_a_file_that_lacks_a_tensor_is_refused(comfyui, run_node, wan):
             load(run_node, "lacking.gguf", **degrees)
 
 
+def test_a_controlnet_takes_over_unpacked_embedders(comfyui, tiny_sd3):
+    """One for SD3.5 copies them from the model's file before each run."""
+    from comfy_xdit.comfy_types.model.twin import build_twin
+
+    folder = comfyui.models / "diffusion_models"
+    with torch.inference_mode(False):
+        numbers = gguf_files.write(
+            folder / "sd3.gguf", load_file(folder / tiny_sd3), gguf_files.packed_as("Q8_0"), "sd3"
+        )
+    names = {name.split("diffusion_model.")[-1]: name for name in numbers}
+
+    twin = build_twin(folder / "sd3.gguf", torch.float32)
+
+    for embedder in ("x_embedder", "y_embedder"):
+        for name, tensor in getattr(twin.diffusion_model, embedder).state_dict().items():
+            assert torch.equal(tensor.float(), numbers[names[f"{embedder}.{name}"]]), name
+
+
 def test_fp8_is_no_dtype_for_packed_weights(run_node, wan):
     with pytest.raises(InvalidInput, match="whose weights are packed; set weight_dtype to default"):
         load(run_node, wan[0], "fp8_e4m3fn")

@@ -75,6 +75,6 @@ def test_an_unknown_file_is_near_a_class_of_comfyui(comfyui, tell, tmp_path):
 
     assert any(line.startswith("class of ComfyUI") and "does not recognise" in line for line in lines)
     at = next(i for i, line in enumerate(lines) if line.startswith("near "))
-    assert lines[at].startswith("near ComfyUI's WanModel (wan t2v): ")
+    assert lines[at].startswith("near ComfyUI's WanModel (wan t2v)")
     assert lines[at + 1] == "  in the file alone: tail.modulation"
     assert lines[at + 2] == "  in the family alone: head.modulation"

@@ -29,15 +29,18 @@ def nearest(
         families: of diffusers' classes.
         comfyui: whose classes count too.
     """
-    known = dict(_of_families(families))
+    known = list(_of_families(families))
     if comfyui is not None:
         import_comfyui(comfyui, device)
         from worker.models.comfyui.known import shapes_of_classes
 
-        known |= {name: patterns(shapes) for name, shapes in shapes_of_classes()}
+        known += [(name, patterns(shapes)) for name, shapes in shapes_of_classes()]
     stored = stored_tensors(path).items()
     own = patterns({name: tensor.shape for name, tensor in stored if not name.endswith(MARKS)})
-    found = [_compared(name, own, other) for name, other in known.items()]
+    alike: dict[frozenset[tuple[str, int]], list[str]] = {}
+    for name, other in known:
+        alike.setdefault(frozenset(other.items()), []).append(name)
+    found = [_compared(" or ".join(names), own, dict(other)) for other, names in alike.items()]
     found.sort(key=lambda one: (-one["share"], one["name"]))
     return [one for one in found if one["share"] >= LEAST][:MOST]
 

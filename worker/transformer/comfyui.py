@@ -63,14 +63,14 @@ class ComfyUITransformer:
     @cached_property
     def _outline(self) -> Any:
         """ComfyUI's BaseModel of the file, without memory."""
-        return outline(self._detect())
+        return outline(self._detect(), self._path)
 
     @cached_property
     def _own_outline(self) -> nn.Module:
         """Of what this rank has of it."""
         if self._degrees.stages == 1:
             return self._outline.diffusion_model
-        own = outline(self._detect()).diffusion_model
+        own = outline(self._detect(), self._path).diffusion_model
         self._layout.take_own(own)
         return own
 
@@ -105,7 +105,7 @@ class ComfyUITransformer:
         if self._degrees.shards == 1:
             return None
         detected = self._detected
-        module = formatted_outline(self._detect())
+        module = formatted_outline(self._detect(), self._path)
         # Layers in formats of their own say themselves what each of their tensors is.
         dtype = None if detected.quantised else detected.dtype
         return ShardedWeights(module, blocks(module), self._degrees.shards, dtype)
@@ -159,7 +159,7 @@ class ComfyUITransformer:
         shards = None
         if sharded:
             # What a layer with a format of its own will have, only an outline knows that was given the file.
-            like = formatted_outline(self._detect()) if detected.quantised else module
+            like = formatted_outline(self._detect(), self._path) if detected.quantised else module
             shards = ShardedWeights(like, blocks(like), self._degrees.shards, None)
         elsewhere = tuple(shards.names) if shards else ()
         materialise(module, device, but=elsewhere)

@@ -23,6 +23,10 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.outline import META, on_meta
 
 Tensors = dict[str, torch.Tensor]
+# What ComfyUI's detection raises where a file is not what it takes it for.
+_MISFITS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, UnboundLocalError,
+)  # fmt: skip
 # Names in the headers of safetensors and GGUF. What is not here (packed formats) has bytes for elements.
 DTYPES = {
     "F64": torch.float64,
@@ -104,7 +108,13 @@ def detect(path: Path) -> tuple[Any, Tensors]:
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
     tensors = inner or tensors
-    config, tensors = _config(tensors, metadata)
+    try:
+        config, tensors = _config(tensors, metadata)
+    except _MISFITS as error:
+        raise InvalidInput(
+            f"{path} has some of what this ComfyUI knows a model by, and not the rest "
+            f"({type(error).__name__}: {error}); the file is incomplete or damaged: download it again."
+        ) from error
     if config is None:
         raise InvalidInput(
             f"this ComfyUI does not recognise the diffusion model in {path}; "

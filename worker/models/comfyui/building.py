@@ -12,27 +12,33 @@ from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.outline import META, on_meta
-from worker.models.comfyui.detection import Detected, named
+from worker.models.comfyui.detection import MISFITS, Detected, misfit, named
 from worker.models.comfyui.formats import MADE_BY_LAYERS, fill_layers, make_weights
 
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
 LARGE = 65_536  # elements
 
 
-def outline(detected: Detected) -> Any:
-    """ComfyUI's BaseModel of the file with plain layers and no memory: names and shapes."""
+def outline(detected: Detected, path: str) -> Any:
+    """ComfyUI's BaseModel of the file with plain layers and no memory: names and shapes.
+
+    Raises:
+        InvalidInput: the class cannot be built from what the file has.
+    """
     config = detected.config
     before, config.custom_operations = config.custom_operations, comfy.ops.disable_weight_init
     try:
         return on_meta(lambda: config.get_model(dict(detected.tensors), "", device=META))
+    except MISFITS as error:
+        raise misfit(path, error) from error
     finally:
         config.custom_operations = before
 
 
-def formatted_outline(detected: Detected) -> nn.Module:
+def formatted_outline(detected: Detected, path: str) -> nn.Module:
     """The transformer without memory, its weights in the formats that the file has them in."""
     if not detected.quantised:
-        return _packed(outline(detected).diffusion_model, detected)
+        return _packed(outline(detected, path).diffusion_model, detected)
     model = on_meta(lambda: detected.config.get_model(dict(detected.tensors), "", device=META))
     make_weights(model.diffusion_model, named(detected))
     return model.diffusion_model

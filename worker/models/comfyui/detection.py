@@ -32,8 +32,11 @@ DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
 }
 MAX_SAID = 10_000  # bytes in which a layer says its format
-# What reading the wrong thing as a description of formats raises.
-_MISFITS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+# What ComfyUI's code raises where a file is not what it takes it for.
+MISFITS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
+    UnboundLocalError,
+)  # fmt: skip
 FAST = "_fast"  # of a weight_dtype: multiplies in fp8 where the device can
 
 
@@ -85,14 +88,10 @@ def detect(checkpoint: Checkpoint | GGUFFile, path: str, weight_dtype: str, devi
     tensors, metadata = _without_prefix(checkpoint, path)
     # Of the file: a name in diffusers' spelling is converted, which writes new tensors.
     count, stored = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
-    detection = comfy.model_detection
-    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
-    known = {"metadata": metadata} if _converts_formats() else {}
-    config = detection.model_config_from_unet(tensors, "", **known)
-    if config is None:
-        converted = detection.convert_diffusers_mmdit(tensors, "")
-        config = detection.model_config_from_unet(converted, "") if converted else None
-        tensors = converted
+    try:
+        config, tensors = _config(tensors, metadata)
+    except MISFITS as error:
+        raise misfit(path, error) from error
     if config is None:
         said = f" (architecture {checkpoint.architecture!r})" if packed else ""
         raise InvalidInput(
@@ -105,6 +104,15 @@ def detect(checkpoint: Checkpoint | GGUFFile, path: str, weight_dtype: str, devi
     return Detected(config, tensors, dtype, manual_cast, quantised, packed)
 
 
+def misfit(path: str, error: Exception) -> InvalidInput:
+    """What to say of a file in which ComfyUI finds a model, and then not all that makes it one."""
+    said = f"{type(error).__name__}: {error}"
+    return InvalidInput(
+        f"{path} has some of what this ComfyUI knows a model by, and not the rest ({said[:200]}); the file "
+        "is incomplete, damaged, or of a variant that needs another ComfyUI."
+    )
+
+
 def named(detected: Detected) -> Tensors:
     """Its tensors under the names of ComfyUI's class."""
     return detected.config.process_unet_state_dict(dict(detected.tensors))
@@ -115,6 +123,18 @@ def kept_bytes(detected: Detected, tensors: Iterable[torch.Tensor]) -> int:
     size = detected.dtype.itemsize
     as_stored = detected.quantised
     return sum(t.nbytes if as_stored or _is_packed(t) else t.numel() * size for t in tensors)
+
+
+def _config(tensors: Tensors, metadata: dict[str, str]) -> tuple[Any, Tensors]:
+    """ComfyUI's configuration of a model, None of one it does not know; and the tensors in its naming."""
+    detection = comfy.model_detection
+    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
+    known = {"metadata": metadata} if _converts_formats() else {}
+    config = detection.model_config_from_unet(tensors, "", **known)
+    if config is None:
+        tensors = detection.convert_diffusers_mmdit(tensors, "")
+        config = detection.model_config_from_unet(tensors, "") if tensors else None
+    return config, tensors
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
@@ -135,7 +155,7 @@ def _current_format(tensors: Tensors, metadata: dict[str, str], path: str) -> tu
         try:
             tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
             _check_formats(tensors, path)
-        except _MISFITS as error:
+        except MISFITS as error:
             if isinstance(error, InvalidInput):
                 raise
             raise InvalidInput(
