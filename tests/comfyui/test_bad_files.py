@@ -86,3 +86,17 @@ def test_a_bad_file_is_refused_soon_and_leaves_what_is_loaded(comfyui, run_node,
     began = time.perf_counter()
     load(good)
     assert time.perf_counter() - began < 2, "it is loaded still"
+
+
+def test_a_spread_weight_of_another_shape_is_refused(comfyui, run_node):
+    """Of which each rank reads its part alone."""
+    folder = comfyui.models / "diffusion_models"
+    with torch.inference_mode(False):
+        tensors = load_file(folder / write("wan t2v", folder))
+        save_file(tensors | {"blocks.0.ffn.0.weight": torch.zeros(96, 40)}, folder / "bad_part.safetensors")
+
+    with pytest.raises(InvalidInput, match=r"blocks\.0\.ffn\.0\.weight has shape \(96, 40\), not \(96, 48\)"):
+        run_node(
+            "XDiTLoadDiffusionModel", unet_name="bad_part.safetensors", weight_dtype="default",
+            parallel=layout(data_parallel_degree=2, shard_weights=True),
+        )  # fmt: skip

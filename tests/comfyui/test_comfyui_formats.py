@@ -21,6 +21,7 @@ from tests.comfyui.tiny_classes import write
 from worker.models.comfyui.cases import CASES, Draw
 
 NAME = "wan t2v"
+CHANGED = "blocks.0.ffn.2"  # by a LoRA
 Tensors = dict[str, torch.Tensor]
 File = tuple[Tensors, dict[str, str]]  # and the metadata
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -67,6 +68,14 @@ def scaled(tensors: Tensors, dtype: torch.dtype, inputs: bool = False) -> File:
     return given, {}
 
 
+def partly_scaled(tensors: Tensors) -> File:
+    """The same, but for a layer whose weight needs no scale, and has none: the one that the LoRA changes."""
+    given, told = scaled(tensors, E4M3)
+    given[f"{CHANGED}.weight"] = tensors[f"{CHANGED}.weight"].to(E4M3)
+    del given[f"{CHANGED}.scale_weight"]
+    return given, told
+
+
 def mixed(tensors: Tensors, kind: str, said: bool) -> File:
     """The newer formats, each layer by itself: named in the metadata, or in a tensor of the layer's own.
 
@@ -95,6 +104,7 @@ FORMATS = {
     "scaled e4m3": lambda tensors: scaled(tensors, E4M3),
     "scaled e5m2": lambda tensors: scaled(tensors, E5M2),
     "scaled, inputs too": lambda tensors: scaled(tensors, E4M3, inputs=True),
+    "scaled, but for one": partly_scaled,
     "mixed e4m3, in metadata": lambda tensors: mixed(tensors, "float8_e4m3fn", said=True),
     "mixed e4m3": lambda tensors: mixed(tensors, "float8_e4m3fn", said=False),
     "mixed e5m2": lambda tensors: mixed(tensors, "float8_e5m2", said=False),
@@ -184,11 +194,10 @@ def test_a_lora_is_rounded_as_stock_rounds_it(comfyui, run_node, file, degrees):
     """Converted from the layer's format, patched and converted back, with ComfyUI's own random numbers."""
     stock, ours = load(run_node, file, **degrees)
     generator = torch.Generator().manual_seed(5)
-    module = "blocks.0.ffn.2"
     save_file(
         {
-            f"diffusion_model.{module}.lora_up.weight": torch.randn(48, 4, generator=generator),
-            f"diffusion_model.{module}.lora_down.weight": torch.randn(4, 96, generator=generator),
+            f"diffusion_model.{CHANGED}.lora_up.weight": torch.randn(48, 4, generator=generator),
+            f"diffusion_model.{CHANGED}.lora_down.weight": torch.randn(4, 96, generator=generator),
         },
         comfyui.models / "loras" / "formats_lora.safetensors",
     )

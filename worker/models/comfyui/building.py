@@ -112,6 +112,8 @@ def _fill(
     parameters = dict(module.named_parameters())
     lacking = [name for name in missing if name in parameters and name not in left]
     _check_lacking([*lacking, *(name for name in elsewhere if name not in left)], module, path)
+    for name, tensor in left.items():
+        _check_shape(name, tensor, parameters[name], module, path)
     yield from left.items()
 
 
@@ -120,11 +122,18 @@ def check_names(module: nn.Module, detected: Detected, path: str) -> None:
     tensors = named(detected)
     _check_lacking([name for name, _ in module.named_parameters() if name not in tensors], module, path)
     for name, parameter in module.named_parameters():
-        if not detected.quantised and name in tensors and tensors[name].shape != parameter.shape:
-            raise InvalidInput(
-                f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
-                f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}; the file is damaged."
-            )
+        if not detected.quantised and name in tensors:
+            _check_shape(name, tensors[name], parameter, module, path)
+
+
+def _check_shape(
+    name: str, tensor: torch.Tensor, parameter: nn.Parameter, module: nn.Module, path: str
+) -> None:
+    if tensor.shape != parameter.shape:
+        raise InvalidInput(
+            f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
+            f"{tuple(tensor.shape)}, not {tuple(parameter.shape)}; the file is damaged."
+        )
 
 
 def _check_lacking(names: Sequence[str], module: nn.Module, path: str) -> None:

@@ -60,15 +60,17 @@ def unpatched(layer: nn.Module, name: str, tensors: Tensors) -> nn.Module:
     """
     fresh = copy.copy(layer)
     fresh._parameters = {
-        leaf: own if own is None or hasattr(own, "__tensor_flatten__") else _empty_like(own)
+        leaf: own if own is None or hasattr(own, "__tensor_flatten__") else _like(leaf, own)
         for leaf, own in layer._parameters.items()
     }
     _give(fresh, name, {key: t for key, t in tensors.items() if key.rpartition(".")[0] == name})
     return fresh
 
 
-def _empty_like(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+def _like(leaf: str, parameter: nn.Parameter) -> nn.Parameter:
+    """To be written to; as a layer makes it, where the file may lack it."""
+    made = torch.ones_like if f".{leaf}".endswith(MADE_BY_LAYERS) else torch.empty_like
+    return nn.Parameter(made(parameter), requires_grad=False)
 
 
 def _give(layer: nn.Module, name: str, stored: Mapping[str, torch.Tensor]) -> list[str]:
