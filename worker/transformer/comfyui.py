@@ -135,7 +135,7 @@ class ComfyUITransformer:
             stored=_name(self._checkpoint.common_dtype()),
             dtype=_name(detected.dtype),
             manual_cast=detected.manual_cast and _name(detected.manual_cast),
-            quantised=detected.quantised,
+            quantised=detected.quantised or detected.packed,
             planned=self._layout.planned,
             not_spread=self._layout.why_not_spread(),
             around=self._traits.around,
@@ -228,7 +228,8 @@ class ComfyUITransformer:
 
     def _remedy(self, what: str) -> str:
         if in_diffusers(type(self._detected.config).__name__):
-            return "Set weight_dtype to bf16, or choose a file in fp16 or bf16."
+            dtype = "Choose" if self._detected.packed else "Set weight_dtype to bf16, or choose"
+            return f"{dtype} a safetensors file in fp16 or bf16."
         return f"Use stock nodes instead of {what}."
 
     def check(
