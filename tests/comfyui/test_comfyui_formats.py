@@ -152,9 +152,15 @@ def test_one_rank_is_bit_equal_to_stock(run_node, file):
     assert torch.equal(call(ours), call(stock))
 
 
-@pytest.mark.parametrize("degrees", METHODS.values(), ids=METHODS.keys())
-def test_every_method_equals_stock(comfyui, run_node, file, degrees):
-    stock, ours = load(run_node, file, **degrees)
+# Of module scope, so that the tests of one layout run together: another layout is other processes.
+@pytest.fixture(params=METHODS, scope="module")
+def method(request) -> dict[str, Any]:
+    """Each of them, as degrees."""
+    return METHODS[request.param]
+
+
+def test_every_method_equals_stock(comfyui, run_node, file, method):
+    stock, ours = load(run_node, file, **method)
     wanted = call(stock, 2)
 
     most = quantisers_own(comfyui, run_node, wanted) if "int8" in file else 1e-5

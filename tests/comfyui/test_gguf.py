@@ -145,7 +145,7 @@ def test_a_lora_is_added_to_the_unpacked_weights(comfyui, run_node, wan, degrees
         change[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(out, 4, generator=generator) * 0.1
         change[f"diffusion_model.{module}.lora_down.weight"] = torch.randn(4, width, generator=generator)
     save_file(change, comfyui.models / "loras" / "gguf_lora.safetensors")
-    ours, theirs = load(run_node, wan[0], **degrees), stock(run_node, wan[1])
+    ours, theirs = load(run_node, wan[0], **LAYOUTS.get(layout_of, {})), stock(run_node, wan[1])
     before, outputs = call(ours), []
     for model in (ours, theirs):
         (patched,) = run_node(
