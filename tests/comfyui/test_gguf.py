@@ -136,16 +136,14 @@ def test_weights_are_rounded_to_the_dtype_that_is_asked_for(run_node, wan):
     assert not torch.equal(call(packed), call(load(run_node, wan[0])))
 
 
-@pytest.mark.parametrize(
-    "degrees", [{}, LAYOUTS["ulysses"], LAYOUTS["sharded"]], ids=["one", "two", "sharded"]
-)
-def test_a_lora_is_added_to_the_unpacked_weights(comfyui, run_node, wan, degrees):
+@pytest.mark.parametrize("method", ["none", "ulysses", "sharded"])
+def test_a_lora_is_added_to_the_unpacked_weights(comfyui, run_node, wan, method):
     generator, change = torch.Generator().manual_seed(5), {}
     for module, out, width in (("blocks.0.ffn.2", 256, 512), ("blocks.1.self_attn.q", 256, 256)):
         change[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(out, 4, generator=generator) * 0.1
         change[f"diffusion_model.{module}.lora_down.weight"] = torch.randn(4, width, generator=generator)
     save_file(change, comfyui.models / "loras" / "gguf_lora.safetensors")
-    ours, theirs = load(run_node, wan[0], **LAYOUTS.get(layout_of, {})), stock(run_node, wan[1])
+    ours, theirs = load(run_node, wan[0], **LAYOUTS.get(method, {})), stock(run_node, wan[1])
     before, outputs = call(ours), []
     for model in (ours, theirs):
         (patched,) = run_node(
