@@ -205,8 +205,13 @@ WHOLE = with_data(
 )
 
 
-@settings(max_examples=EXAMPLES, database=None, deadline=None, derandomize=True,
-          suppress_health_check=list(HealthCheck))  # fmt: skip
+@settings(
+    max_examples=EXAMPLES,
+    database=None,
+    deadline=None,
+    derandomize="XDIT_FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=4),
     st.integers(0, len(WHOLE)),
