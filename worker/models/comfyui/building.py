@@ -129,7 +129,8 @@ def check_names(module: nn.Module, detected: Detected, path: str) -> None:
 def _check_shape(
     name: str, tensor: torch.Tensor, parameter: nn.Parameter, module: nn.Module, path: str
 ) -> None:
-    if tensor.shape != parameter.shape:
+    one = parameter.ndim == 0 and tensor.numel() == 1  # stored as a row of one, which is taken for it
+    if tensor.shape != parameter.shape and not one:
         raise InvalidInput(
             f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
             f"{tuple(tensor.shape)}, not {tuple(parameter.shape)}; the file is damaged."
