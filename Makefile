@@ -17,7 +17,7 @@ test: $(VENV)/.ready lint
 
 # Mutated safetensors headers through every reader; minutes per 10,000.
 fuzz: $(VENV)/.ready
-	XDIT_FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) $(BIN)/python -m pytest tests/test_fuzz_headers.py --timeout 0
+	XDIT_FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) $(BIN)/python -m pytest tests/test_fuzz_headers.py tests/test_gguf_header.py --timeout 0
 
 # Faults injected for real, and many runs with cancels and kills; both write docs/reliability.md.
 faults: $(VENV)/.ready

@@ -78,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_plan(commands.add_parser("plan", help="say which layout of ranks is fastest, and why"))
 
+    models = commands.add_parser("models", help="say what a model file is, and which methods it can use")
+    models.add_argument("file", type=Path, help="a .safetensors or .gguf file, or a diffusers folder")
+    models.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER", help="whose classes count; by default the one this is in"
+    )
+    models.set_defaults(command=_models)
+
     doctor = commands.add_parser("doctor", help="say what this machine has and what is missing")
     doctor.add_argument(
         "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to check; by default the one this is in"
@@ -148,6 +155,15 @@ def _plan(chosen: argparse.Namespace) -> int:
         chosen.model, chosen.family, chosen.devices, chosen.pipefusion, chosen.all, **size
     ):
         print(line)
+    return DONE
+
+
+def _models(chosen: argparse.Namespace) -> int:
+    from comfy_xdit import models
+    from comfy_xdit.doctor import own_comfyui
+
+    for line in models.lines(chosen.file, chosen.comfyui or own_comfyui()):
+        print(line, flush=True)
     return DONE
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.quantised import MARKS, refuse_foreign
 from comfy_xdit.protocol.regular_files import open_regular
 from comfy_xdit.protocol.safetensors_header import PICKLES, how_to_convert, read_header
 
@@ -21,7 +22,6 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 BATCH = 16 << 20  # numbers that are copied out of a file before it is closed and opened anew
 MAX_JSON_BYTES = 16 << 20  # of a configuration; published ones have some kilobytes
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be stored as
-QUANTISED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
 Shapes = dict[str, tuple[int, ...]]
 Dtype = torch.dtype | Mapping[str, torch.dtype]
 
@@ -63,7 +63,8 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for file in self._files:
             self._add(file)
-        marks = [k for k in self._place if k.endswith(QUANTISED)]
+        refuse_foreign(self._place, self._files[0].name)
+        marks = [k for k in self._place if k.endswith(MARKS)]
         if marks and not quantised:
             raise InvalidInput(
                 f"{self._files[0].name} holds quantised weights ({marks[0]}), which this version does "

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from comfy_xdit.protocol.messages import (
     Check,
     CheckIPAdapter,
     CheckLora,
+    Compare,
     Decode,
     Denoise,
     Encode,
@@ -33,6 +35,7 @@ from comfy_xdit.protocol.messages import (
 )
 from comfy_xdit.protocol.spec import ControlNet, ModelSpec
 from worker.loop import Run
+from worker.models import nearest
 from worker.parallel import Degrees, RankGroups
 from worker.patches import PatchStore
 from worker.sampling.loops import sample
@@ -73,6 +76,7 @@ class Engine:
             CheckLora: self.check_lora,
             CheckIPAdapter: self.check_ip_adapter,
             Prove: self.prove,
+            Compare: self.compare,
             Denoise: self.denoise,
             Preprocess: self.preprocess,
             Sample: self.sample,
@@ -124,6 +128,10 @@ class Engine:
         if not message.name:
             return planned_classes()
         return [proof.plain() for proof in prove_class(message.name, message.comfyui, self._groups)]
+
+    def compare(self, message: Compare, _run: Run) -> list[dict[str, Any]]:
+        """The known models that a file looks like."""
+        return nearest(Path(message.path), message.comfyui, self._groups.device)
 
     def denoise(self, message: Denoise, _run: Run) -> Latents | None:
         """One transformer call; the output goes to the host from rank 0 only."""

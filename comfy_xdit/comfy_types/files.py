@@ -11,16 +11,22 @@ import folder_paths
 from comfy_xdit import demo_files
 from comfy_xdit.nodes.surroundings import KINDS
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.gguf_header import SUFFIX
 
 # What makes a folder a model, for the kinds where one can be.
 MARKS = {"diffusers": "model_index.json", "controlnet": "config.json"}
 IP_ADAPTERS = "ipadapter"
+MODELS = "diffusion_models"
+GGUF = "unet_gguf"  # the same folders, of which ComfyUI lists files of the kinds alone that it reads itself
 
 
 def names(kind: str) -> list[str]:
     """Names for a widget: what is in models/`kind`, files before folders, then the demo's."""
     _know_ip_adapters()
     files = [] if kind == "diffusers" else folder_paths.get_filename_list(kind)
+    if kind == MODELS:
+        _know_gguf()
+        files = sorted({*files, *folder_paths.get_filename_list(GGUF)})
     return files + sorted(set(_folders(kind))) + demo_files.names(kind)
 
 
@@ -56,6 +62,13 @@ def _roots(kind: str) -> list[Path]:
 def _is_model(kind: str, folder: Path, root: Path) -> bool:
     # A config.json in models/controlnet itself belongs to a file beside it.
     return (folder / MARKS[kind]).is_file() and (folder != root or kind == "diffusers")
+
+
+def _know_gguf() -> None:
+    """Register GGUF files among the diffusion models, unless another pack has, under the same name."""
+    known = folder_paths.folder_names_and_paths
+    if GGUF not in known:
+        known[GGUF] = (known[MODELS][0], {SUFFIX})
 
 
 def _know_ip_adapters() -> None:

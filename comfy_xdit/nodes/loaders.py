@@ -72,7 +72,7 @@ class XDiTLoadDiffusionModel:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Widgets in their order."""
-        file = {"tooltip": "Files in models/diffusion_models, and the demo of the pack."}
+        file = {"tooltip": "Files in models/diffusion_models and models/unet, GGUF too, and the pack's demo."}
         return {
             "required": {
                 "unet_name": (surroundings().names("diffusion_models"), file),

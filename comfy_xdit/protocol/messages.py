@@ -73,6 +73,19 @@ class Prove:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Compare the names in a diffusion model's files with those of known families.
+
+    Without a ComfyUI with those of diffusers' classes alone. Answer: a list, most alike first, of {"name",
+    "share": of the names of both those that both have, "more": names in the file alone, "lacking": in the
+    family alone, "other": in both, with other dimensions}; block numbers in names are `*`.
+    """
+
+    path: str
+    comfyui: HostComfyUI | None = None
+
+
+@dataclass(frozen=True)
 class Patch:
     """One change of one weight, as a LoRA file describes it, in ComfyUI's terms.
 
@@ -346,9 +359,9 @@ class Cancelled:
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (
-        Load, Check, CheckLora, CheckIPAdapter, Prove, Denoise, Preprocess, ImagePrompt, Keep, Known, Patch,
-        PatchSet, Sample, EncodeText, Decode, Encode, Stop, Forget, Status, Ready, Progress, Result, Failure,
-        Cancelled, ModelSpec, HostComfyUI, LoraFile, IPAdapterFile, ParallelConfig, ControlNet,
+        Load, Check, CheckLora, CheckIPAdapter, Prove, Compare, Denoise, Preprocess, ImagePrompt, Keep, Known,
+        Patch, PatchSet, Sample, EncodeText, Decode, Encode, Stop, Forget, Status, Ready, Progress, Result,
+        Failure, Cancelled, ModelSpec, HostComfyUI, LoraFile, IPAdapterFile, ParallelConfig, ControlNet,
         AppliedControlNet,
     )
 }  # fmt: skip

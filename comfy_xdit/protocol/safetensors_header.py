@@ -52,8 +52,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if file.suffix in PICKLES:
         raise InvalidInput(f"{file.name} is a pickle file, which can run code; {how_to_convert()}")
     with open_regular(file, "a safetensors file") as (stream, size):
+        start = stream.read(8)
+        if start.startswith(b"GGUF"):
+            raise InvalidInput(
+                f"{file.name} is a GGUF file, which is read as a diffusion model in ComfyUI alone (by 'xDiT "
+                "Load Diffusion Model', named .gguf); choose a safetensors file here."
+            )
         try:
-            length = _length(stream.read(8), size)
+            length = _length(start, size)
             if length > MAX_HEADER_BYTES:
                 raise InvalidInput(
                     f"{file.name} has a header of {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read, "

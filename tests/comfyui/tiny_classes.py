@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def why_no_file(name: str) -> str:
     return IN_CHECKPOINTS_ONLY.get(name, "")
 
 
-def write(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """Write the file of a case; its name for the loaders."""
+def write(name: str, folder: Path, dtype: torch.dtype = torch.float32, **sizes: Any) -> str:
+    """Write the file of a case, or one of other sizes; its name for the loaders."""
     if why := why_no_file(name):
         pytest.skip(why)
     sys.path.append(str(SHIM))
@@ -52,7 +53,7 @@ def write(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
     sys.path.remove(str(SHIM))
     file = f"{name.replace(' ', '_').replace(',', '')}.safetensors"
     with torch.inference_mode(False):
-        module, size = module_of(CASES[name])
+        module, size = module_of(replace(CASES[name], size={**CASES[name].size, **sizes}))
         prefix = PREFIXES.get(CASES[name].name, "")
         state = module.state_dict().items()
         tensors = {f"{prefix}{key}": tensor.to(dtype).contiguous() for key, tensor in state}

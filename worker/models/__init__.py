@@ -4,9 +4,14 @@ What other rooms use of it is here; what needs ComfyUI, in `worker.models.comfyu
 """
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.spec import HostComfyUI
 from worker.checkpoints import Shapes
+from worker.models import near
 from worker.models.base import ModelFamily, to_whole_patches
 from worker.models.controlnet import CONTROLNETS, ControlNetFamily
 from worker.models.flux.family import Flux
@@ -25,6 +30,7 @@ __all__ = [
     "ModelFamily",
     "detect",
     "in_diffusers",
+    "nearest",
     "to_whole_patches",
 ]
 
@@ -55,3 +61,8 @@ def detect(folder: Path, shapes: Shapes, path: str) -> ModelFamily:
         f"{path} is of none of the families {', '.join(NAMES)}: its {len(shapes)} tensors "
         f"begin with {some}; choose a diffusion model of one of these families."
     )
+
+
+def nearest(path: Path, comfyui: HostComfyUI | None, device: torch.device) -> list[dict[str, Any]]:
+    """The known models that a file looks like, as the message Compare says."""
+    return near.nearest(path, FAMILIES, comfyui, device)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from comfy_xdit.protocol.errors import InvalidInput
 from worker.checkpoints import Checkpoint, Part, Source
 from worker.clock import communication
 from worker.parallel import hooks
@@ -25,7 +27,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight is in the row of all weights of its block, in bytes."""
+    """Where a tensor is in the row of all weights of its block, in bytes."""
 
     block: int
     start: int
@@ -44,23 +46,31 @@ class ShardedWeights:
     The weights of a block lie one behind the other in a row that is cut into `ranks` parts. Before a block
     computes, its row is gathered into one of two buffers, where its parameters are views: nothing is
     allocated or copied in a call. All ranks that share the weights must call the blocks alike, and in order.
+    A weight that is a wrapper around tensors (a quantised one, with its scales) has each of them in the row.
 
     Args:
         module: the transformer, its weights not read yet.
         blocks: names of its blocks in the order they run.
-        dtype: of all weights; None is each parameter's own.
+        dtype: of all weights that are no wrappers; None is each parameter's own.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str], ranks: int, dtype: torch.dtype | None):
         self._blocks, self._ranks = list(blocks), ranks
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, Place] = {}  # of a wrapper's tensors, by its name and theirs
+        self.names: list[str] = []  # of the weights
+        self._wrappers: dict[str, nn.Parameter] = {}
         self._lengths: list[int] = []  # of each rank's part of each block
         for number, block in enumerate(blocks):
             end = 0
-            for name, parameter in module.get_submodule(block).named_parameters():
-                place = Place(number, _aligned(end), parameter.shape, dtype or parameter.dtype)
-                self.places[f"{block}.{name}"] = place
-                end = place.stop
+            for name, parameter in module.get_submodule(block).named_parameters(prefix=block):
+                self.names.append(name)
+                for inner, tensor in tensors_of(parameter).items():
+                    if inner:
+                        self._wrappers[name] = parameter
+                    kept_in = tensor.dtype if inner or dtype is None else dtype
+                    place = Place(number, _aligned(end), tensor.shape, kept_in)
+                    self.places[name + inner] = place
+                    end = place.stop
             self._lengths.append(_aligned(-(-end // ranks)))
         self._coming: tuple[int, list[dist.Work]] | None = None
 
@@ -68,6 +78,11 @@ class ShardedWeights:
     def nbytes(self) -> int:
         """Bytes that this rank keeps, with the buffers."""
         return sum(self._lengths) + BUFFERS * max(self._lengths) * self._ranks
+
+    @property
+    def whole_nbytes(self) -> int:
+        """Bytes of all of the weights."""
+        return sum(place.stop - place.start for place in self.places.values())
 
     def load(
         self,
@@ -97,10 +112,9 @@ class ShardedWeights:
         size = max(self._lengths) * self._ranks
         buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
         self._rows = [buffers[i % BUFFERS][: n * self._ranks] for i, n in enumerate(self._lengths)]
-        for weight, place in self.places.items():
+        for weight in self.names:
             owner, _, leaf = weight.rpartition(".")
-            view = self._rows[place.block][place.start : place.stop].view(place.dtype).view(place.shape)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
+            setattr(module.get_submodule(owner), leaf, self._gathered(weight))
         for number, name in enumerate(self._blocks):
             block = module.get_submodule(name)
             for method in ("", *_called_too(block)):
@@ -112,12 +126,13 @@ class ShardedWeights:
         """Every weight, to write to."""
         return {name: ShardedWeight(self, name) for name in self.places}
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    def write(self, name: str, weight: torch.Tensor) -> None:
         """Keep this rank's part of a whole weight."""
-        place = self.places[name]
-        if self._has(place):
-            start, stop = self._own(place)
-            self._target(place).copy_(tensor.reshape(-1)[start:stop])
+        for inner, tensor in tensors_of(weight).items():
+            place = self.places[name + inner]
+            if self._has(place):
+                start, stop = self._own(place)
+                self._target(place).copy_(tensor.reshape(-1)[start:stop])
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +143,23 @@ class ShardedWeights:
         """Take part in a call that only other ranks make."""
         for number in range(len(self._blocks)):
             self._gather(number)
+
+    def _gathered(self, name: str) -> nn.Parameter:
+        """The weight over the buffer that it is gathered into."""
+        if name not in self._wrappers:
+            return nn.Parameter(self._view(self.places[name]), requires_grad=False)
+        like = self._wrappers[name]
+        views = {inner: self._view(self.places[name + inner]) for inner in tensors_of(like)}
+        weight = _wrapper(like, views)
+        if any(tensor.data_ptr() != views[inner].data_ptr() for inner, tensor in tensors_of(weight).items()):
+            raise InvalidInput(
+                f"{name} is quantised in a way ({type(weight).__name__}) that copies what it is made of, and "
+                "cannot be spread over ranks; set shard_weights to false."
+            )
+        return weight
+
+    def _view(self, place: Place) -> torch.Tensor:
+        return self._rows[place.block][place.start : place.stop].view(place.dtype).view(place.shape)
 
     def _gather(self, number: int) -> None:
         """Have the weights of a block, and let those of the next one come."""
@@ -173,6 +205,22 @@ class ShardedWeights:
         start, stop = (element * place.dtype.itemsize for element in self._own(place))
         offset = place.start - self._rank * self._lengths[place.block]
         return self._parts[place.block][offset + start : offset + stop].view(place.dtype)
+
+
+def tensors_of(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a weight's numbers are in: itself, as ""; or a wrapper's tensors, by ".name"."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return {"": weight}
+    names, _ = weight.__tensor_flatten__()
+    return {f".{name}": getattr(weight, name) for name in names}
+
+
+def _wrapper(like: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Any:
+    """A parameter as `like`, around other tensors."""
+    inner = {name.removeprefix("."): tensor for name, tensor in tensors.items()}
+    weight = type(like).__tensor_unflatten__(inner, like.__tensor_flatten__()[1], like.shape, None)
+    weight._is_param = True  # which nn.Parameter says of a copy that it makes, with tensors of its own
+    return weight
 
 
 def _called_too(block: nn.Module) -> list[str]:

@@ -17,10 +17,17 @@ from comfy_xdit.protocol.description import LatentSpace, ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Residuals
 from comfy_xdit.protocol.spec import ModelSpec
-from worker.checkpoints import Checkpoint
 from worker.models import in_diffusers
-from worker.models.comfyui.building import blocks, build, check_names, fill, materialise, outline
-from worker.models.comfyui.detection import Detected, detect, named
+from worker.models.comfyui.building import (
+    blocks,
+    build,
+    check_names,
+    fill,
+    formatted_outline,
+    materialise,
+    outline,
+)
+from worker.models.comfyui.detection import Detected, detect, kept_bytes, named, open_file
 from worker.models.comfyui.layout import ComfyUILayout, without_others
 from worker.models.comfyui.weights import PatchedComfyUI, lora_files
 from worker.parallel import (
@@ -40,7 +47,7 @@ class ComfyUITransformer:
 
     def __init__(self, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
         self._groups, self._degrees, self._path = groups, degrees, spec.path
-        self._checkpoint = Checkpoint([Path(spec.path)], quantised=True)
+        self._checkpoint = open_file(spec.path)
         self._weight_dtype = spec.weight_dtype
         self._detected = self._detect()
         self._patched: PatchedComfyUI | None = None
@@ -48,7 +55,7 @@ class ComfyUITransformer:
         self.stage: Stage | None = None  # once it is loaded
         self._layout = ComfyUILayout(self.name, spec, groups, degrees)
         self._traits = self._layout.traits
-        self._layout.check(self._detected.quantised)
+        self._layout.check()
         _ = self._own_outline  # no layout has more stages than it has blocks
 
     # ------------------------------------------------------------------ what it is
@@ -56,14 +63,14 @@ class ComfyUITransformer:
     @cached_property
     def _outline(self) -> Any:
         """ComfyUI's BaseModel of the file, without memory."""
-        return outline(self._detect())
+        return outline(self._detect(), self._path)
 
     @cached_property
     def _own_outline(self) -> nn.Module:
         """Of what this rank has of it."""
         if self._degrees.stages == 1:
             return self._outline.diffusion_model
-        own = outline(self._detect()).diffusion_model
+        own = outline(self._detect(), self._path).diffusion_model
         self._layout.take_own(own)
         return own
 
@@ -83,8 +90,7 @@ class ComfyUITransformer:
         shards, whole = self._planned_shards, self._bytes
         if shards is None:
             return whole
-        spread = sum(p.shape.numel() * p.dtype.itemsize for p in shards.places.values())
-        return whole - spread + shards.nbytes
+        return whole - shards.whole_nbytes + shards.nbytes
 
     @property
     def _bytes(self) -> int:
@@ -92,16 +98,17 @@ class ComfyUITransformer:
         if self._degrees.stages > 1:
             outside = without_others(self._outline.diffusion_model, self._own_outline)
             tensors = [t for name, t in named(self._detected).items() if not name.startswith(outside)]
-        if self._detected.quantised:
-            return sum(t.nbytes for t in tensors)
-        return sum(t.numel() for t in tensors) * self._detected.dtype.itemsize
+        return kept_bytes(self._detected, tensors)
 
     @cached_property
     def _planned_shards(self) -> ShardedWeights | None:
         if self._degrees.shards == 1:
             return None
-        module = self._own_outline
-        return ShardedWeights(module, blocks(module), self._degrees.shards, self._detected.dtype)
+        detected = self._detected
+        module = formatted_outline(self._detect(), self._path)
+        # Layers in formats of their own say themselves what each of their tensors is.
+        dtype = None if detected.quantised else detected.dtype
+        return ShardedWeights(module, blocks(module), self._degrees.shards, dtype)
 
     def describe(self) -> dict[str, Any]:
         """What the host needs to know, as `ModelDescription.of` reads it. The twin knows the rest."""
@@ -128,7 +135,7 @@ class ComfyUITransformer:
             stored=_name(self._checkpoint.common_dtype()),
             dtype=_name(detected.dtype),
             manual_cast=detected.manual_cast and _name(detected.manual_cast),
-            quantised=detected.quantised,
+            quantised=detected.quantised or detected.packed,
             planned=self._layout.planned,
             not_spread=self._layout.why_not_spread(),
             around=self._traits.around,
@@ -144,19 +151,21 @@ class ComfyUITransformer:
     def load(self) -> None:
         """Build the class and copy its weights from the file, tensor after tensor."""
         self._checkpoint.check_unchanged()
-        device, sharded = self._groups.device, self._degrees.shards > 1
+        device, detected, sharded = self._groups.device, self._detected, self._degrees.shards > 1
         # Layers in formats of their own are built where they stay.
-        large = sharded or (self._degrees.stages > 1 and not self._detected.quantised)
-        module = build(self._detected, device, without_memory=large)
+        large = sharded or detected.packed or (self._degrees.stages > 1 and not detected.quantised)
+        module = build(detected, device, without_memory=large)
         self.stage = self._layout.stage(module)
         shards = None
         if sharded:
-            shards = ShardedWeights(module, blocks(module), self._degrees.shards, None)
-        materialise(module, device, but=tuple(shards.places) if shards else ())
+            # What a layer with a format of its own will have, only an outline knows that was given the file.
+            like = formatted_outline(self._detect(), self._path) if detected.quantised else module
+            shards = ShardedWeights(like, blocks(like), self._degrees.shards, None)
+        elsewhere = tuple(shards.names) if shards else ()
+        materialise(module, device, but=elsewhere)
         if shards:
             shards.attach(module, self._groups.shard_group, device)
-        elsewhere = tuple(shards.places) if shards else ()
-        for name, tensor in fill(module, self._detected, self._path, elsewhere).items():
+        for name, tensor in fill(module, detected, self._path, elsewhere):
             shards.write(name, tensor)
         self._checkpoint.check_unchanged()  # half of one file and half of another is neither
         module.eval().requires_grad_(False)
@@ -219,7 +228,8 @@ class ComfyUITransformer:
 
     def _remedy(self, what: str) -> str:
         if in_diffusers(type(self._detected.config).__name__):
-            return "Set weight_dtype to bf16, or choose a file in fp16 or bf16."
+            dtype = "Choose" if self._detected.packed else "Set weight_dtype to bf16, or choose"
+            return f"{dtype} a safetensors file in fp16 or bf16."
         return f"Use stock nodes instead of {what}."
 
     def check(

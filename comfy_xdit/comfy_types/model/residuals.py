@@ -15,6 +15,7 @@ import comfy.utils
 import torch
 from safetensors import safe_open
 
+from comfy_xdit.protocol import gguf_header
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.safetensors_header import read_header
 from comfy_xdit.protocol.spec import changed
@@ -99,8 +100,11 @@ def _stored(files: list[Path], name: str) -> torch.Tensor:
     """The tensor that ComfyUI's SD3 calls `name`, under whatever name it has in the files."""
     spellings = {name, *(other for ours, other, *_ in comfy.utils.MMDIT_MAP_BASIC if ours == name)}
     for file in files:
-        for key in read_header(file):
+        gguf = gguf_header.is_gguf(file)
+        for key in gguf_header.read_header(file).tensors if gguf else read_header(file):
             if any(key == spelling or key.endswith(f"diffusion_model.{spelling}") for spelling in spellings):
+                if gguf:
+                    return torch.from_numpy(gguf_header.read_numbers(file, key))
                 with safe_open(file, framework="pt") as stored:
                     return stored.get_tensor(key)
     raise InvalidInput(

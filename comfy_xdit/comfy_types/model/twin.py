@@ -18,12 +18,16 @@ from safetensors import safe_open
 
 from comfy_xdit.comfy_types.model.residuals import lend_embedders
 from comfy_xdit.comfy_types.model.weights import take_away
-from comfy_xdit.protocol import safetensors_header
+from comfy_xdit.protocol import gguf_header, safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.outline import META, on_meta
 
 Tensors = dict[str, torch.Tensor]
-# Names of safetensors headers. What is not here (packed formats) has bytes for elements.
+# What ComfyUI's detection raises where a file is not what it takes it for.
+_MISFITS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, UnboundLocalError,
+)  # fmt: skip
+# Names in the headers of safetensors and GGUF. What is not here (packed formats) has bytes for elements.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,7 +45,7 @@ def build_twin(path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | 
     """ComfyUI's BaseModel for the transformer at `path`, on the meta device.
 
     Args:
-        path: a safetensors file, a diffusers transformer folder, or a pipeline that has one.
+        path: a safetensors or GGUF file, a diffusers transformer folder, or a pipeline that has one.
         dtype: what ComfyUI casts the transformer's inputs to, unless there is a `manual_cast`.
 
     Raises:
@@ -66,7 +70,7 @@ def emptied(twin: Any) -> Any:
 
 
 def transformer_files(path: Path) -> list[Path]:
-    """The safetensors file at `path`, or the shards in a diffusers folder or a pipeline."""
+    """The file at `path`, or the shards in a diffusers folder or a pipeline."""
     if path.is_file():
         return [path]
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
@@ -79,14 +83,17 @@ def transformer_files(path: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, torch.Tensor]:
-    """Meta tensors by name; reads the header of a safetensors file and none of its weights.
+    """Meta tensors by name; reads the header of a safetensors or GGUF file and none of its weights.
 
     Raises:
-        InvalidInput: it is no safetensors file, or damaged.
+        InvalidInput: it is neither, or damaged.
     """
+    gguf = gguf_header.is_gguf(file)
+    stored = gguf_header.read_header(file).tensors if gguf else safetensors_header.read_header(file)
+    other = torch.float16 if gguf else torch.uint8  # a packed weight of GGUF has the shape it unpacks to
     return {
-        name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, torch.uint8), device=META)
-        for name, tensor in safetensors_header.read_header(file).items()
+        name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, other), device=META)
+        for name, tensor in stored.items()
     }
 
 
@@ -100,12 +107,19 @@ def detect(path: Path) -> tuple[Any, Tensors]:
     metadata: dict[str, str] = {}
     for file in transformer_files(path):
         tensors |= read_header(file)
-        with safe_open(file, framework="pt") as stored:
-            metadata |= stored.metadata() or {}
+        if not gguf_header.is_gguf(file):
+            with safe_open(file, framework="pt") as stored:
+                metadata |= stored.metadata() or {}
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
     tensors = inner or tensors
-    config, tensors = _config(tensors, metadata)
+    try:
+        config, tensors = _config(tensors, metadata)
+    except _MISFITS as error:
+        raise InvalidInput(
+            f"{path} has some of what this ComfyUI knows a model by, and not the rest "
+            f"({type(error).__name__}: {error}); the file is incomplete or damaged: download it again."
+        ) from error
     if config is None:
         raise InvalidInput(
             f"this ComfyUI does not recognise the diffusion model in {path}; "

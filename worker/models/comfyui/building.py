@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,22 +12,36 @@ from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.outline import META, on_meta
-from worker.models.comfyui.detection import Detected, Tensors, named
+from worker.models.comfyui.detection import MISFITS, Detected, misfit, named
+from worker.models.comfyui.formats import MADE_BY_LAYERS, fill_layers, make_weights
 
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
 LARGE = 65_536  # elements
-# Parameters that a layer sets to 1 itself, where the file does not scale it.
-MADE_BY_LAYERS = (".scale_weight", ".scale_input")
 
 
-def outline(detected: Detected) -> Any:
-    """ComfyUI's BaseModel of the file with plain layers and no memory: names and shapes."""
+def outline(detected: Detected, path: str) -> Any:
+    """ComfyUI's BaseModel of the file with plain layers and no memory: names and shapes.
+
+    Raises:
+        InvalidInput: the class cannot be built from what the file has.
+    """
     config = detected.config
     before, config.custom_operations = config.custom_operations, comfy.ops.disable_weight_init
     try:
         return on_meta(lambda: config.get_model(dict(detected.tensors), "", device=META))
+    except MISFITS as error:
+        raise misfit(path, error) from error
     finally:
         config.custom_operations = before
+
+
+def formatted_outline(detected: Detected, path: str) -> nn.Module:
+    """The transformer without memory, its weights in the formats that the file has them in."""
+    if not detected.quantised:
+        return _packed(outline(detected, path).diffusion_model, detected)
+    model = on_meta(lambda: detected.config.get_model(dict(detected.tensors), "", device=META))
+    make_weights(model.diffusion_model, named(detected))
+    return model.diffusion_model
 
 
 def build(detected: Detected, device: torch.device, without_memory: bool = False) -> nn.Module:
@@ -38,40 +52,69 @@ def build(detected: Detected, device: torch.device, without_memory: bool = False
     """
     with _large_on_meta() if without_memory else _as_built():
         model = detected.config.get_model(dict(detected.tensors), "", device=device)
-    return model.diffusion_model.eval().requires_grad_(False)
+    return _packed(model.diffusion_model, detected).eval().requires_grad_(False)
 
 
-def materialise(module: nn.Module, device: torch.device, but: Sequence[str]) -> None:
+def _packed(module: nn.Module, detected: Detected) -> nn.Module:
+    """With parameters that stay packed, and have no memory yet, where the file has them so."""
+    if detected.packed:
+        from worker.models.comfyui.packed import declare  # of a package that no other file needs
+
+        declare(module, named(detected))
+    return module
+
+
+def materialise(module: nn.Module, device: torch.device, but: Collection[str]) -> None:
     """Give memory to every parameter that has none, but to those named."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta and name not in but:
             owner, _, leaf = name.rpartition(".")
-            given = torch.empty_like(parameter, device=device)
+            made = torch.ones_like if name.endswith(MADE_BY_LAYERS) else torch.empty_like
+            given = made(parameter, device=device)
             module.get_submodule(owner).register_parameter(leaf, nn.Parameter(given, requires_grad=False))
 
 
-def fill(module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[str] = ()) -> Tensors:
-    """Copy the weights of the file into `module`, tensor after tensor.
+def fill(
+    module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copy the weights of the file into `module`, tensor after tensor; to be exhausted.
 
     Args:
-        elsewhere: names of parameters that are not written, but returned.
+        elsewhere: names of parameters that are not written, but yielded, each with its tensor.
 
     Raises:
         InvalidInput: a parameter of the class is not in the file, or not in its shape.
     """
-    tensors = named(detected)
-    left = {name: tensors.pop(name) for name in elsewhere if name in tensors}
     try:
-        missing, _ = module.load_state_dict(tensors, strict=False)
+        if detected.quantised and elsewhere:
+            for name, tensor in fill_layers(module, named(detected), elsewhere):
+                if tensor is None:
+                    _check_lacking([name], module, path)
+                elif name in elsewhere:
+                    yield name, tensor
+            return
+        yield from _fill(module, detected, path, elsewhere)
     except (RuntimeError, ValueError, KeyError) as error:  # ComfyUI's words for what does not fit
+        if isinstance(error, InvalidInput):
+            raise
         raise InvalidInput(
             f"{path} does not fit ComfyUI's {type(module).__name__}: {error}; the file is damaged, or of a "
             "format that this ComfyUI does not know."
         ) from error
+
+
+def _fill(
+    module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors = named(detected)
+    left = {name: tensors.pop(name) for name in elsewhere if name in tensors}
+    missing, _ = module.load_state_dict(tensors, strict=False)
     parameters = dict(module.named_parameters())
     lacking = [name for name in missing if name in parameters and name not in left]
     _check_lacking([*lacking, *(name for name in elsewhere if name not in left)], module, path)
-    return left
+    for name, tensor in left.items():
+        _check_shape(name, tensor, parameters[name], module, path)
+    yield from left.items()
 
 
 def check_names(module: nn.Module, detected: Detected, path: str) -> None:
@@ -79,14 +122,23 @@ def check_names(module: nn.Module, detected: Detected, path: str) -> None:
     tensors = named(detected)
     _check_lacking([name for name, _ in module.named_parameters() if name not in tensors], module, path)
     for name, parameter in module.named_parameters():
-        if not detected.quantised and name in tensors and tensors[name].shape != parameter.shape:
-            raise InvalidInput(
-                f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
-                f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}; the file is damaged."
-            )
+        if not detected.quantised and name in tensors:
+            _check_shape(name, tensors[name], parameter, module, path)
+
+
+def _check_shape(
+    name: str, tensor: torch.Tensor, parameter: nn.Parameter, module: nn.Module, path: str
+) -> None:
+    one = parameter.ndim == 0 and tensor.numel() == 1  # stored as a row of one, which is taken for it
+    if tensor.shape != parameter.shape and not one:
+        raise InvalidInput(
+            f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
+            f"{tuple(tensor.shape)}, not {tuple(parameter.shape)}; the file is damaged."
+        )
 
 
 def _check_lacking(names: Sequence[str], module: nn.Module, path: str) -> None:
+    """Raise InvalidInput for the first of these parameters that no layer makes itself."""
     for name in names:
         if not name.endswith(MADE_BY_LAYERS):
             raise InvalidInput(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_detection
 import comfy.model_management
@@ -12,7 +16,11 @@ import comfy.utils
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.gguf_header import is_gguf
 from worker.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from worker.models.comfyui.gguf_file import GGUFFile
 
 Tensors = dict[str, torch.Tensor]
 DTYPES = {
@@ -23,6 +31,12 @@ DTYPES = {
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+MAX_SAID = 10_000  # bytes in which a layer says its format
+# What ComfyUI's code raises where a file is not what it takes it for.
+MISFITS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
+    UnboundLocalError,
+)  # fmt: skip
 FAST = "_fast"  # of a weight_dtype: multiplies in fp8 where the device can
 
 
@@ -35,6 +49,7 @@ class Detected:
         tensors: views of the file, without prefix and in ComfyUI's naming.
         dtype: of the weights; `manual_cast` is what is computed in where it is another.
         quantised: whether layers carry a format of their own (scaled fp8, mixed precision).
+        packed: whether weights stay packed, as those of a GGUF file do (PackedWeight).
     """
 
     config: Any
@@ -42,33 +57,60 @@ class Detected:
     dtype: torch.dtype
     manual_cast: torch.dtype | None
     quantised: bool
+    packed: bool = False
 
 
-def detect(checkpoint: Checkpoint, path: str, weight_dtype: str, device: torch.device) -> Detected:
+def open_file(path: str) -> Checkpoint | GGUFFile:
+    """The file of a diffusion model.
+
+    Raises:
+        InvalidInput: it is damaged, or of a kind that is not read.
+    """
+    if not is_gguf(Path(path)):
+        return Checkpoint([Path(path)], quantised=True)
+    from worker.models.comfyui.gguf_file import GGUFFile  # which needs a package that no other file does
+
+    return GGUFFile(Path(path))
+
+
+def detect(checkpoint: Checkpoint | GGUFFile, path: str, weight_dtype: str, device: torch.device) -> Detected:
     """Read the names and shapes of a file with ComfyUI's detection.
 
     Raises:
         InvalidInput: this ComfyUI does not know the model, or not the format of its weights.
     """
+    packed = is_gguf(Path(path))
+    if packed and weight_dtype.startswith("fp8"):
+        raise InvalidInput(
+            f"weight_dtype {weight_dtype} does not go with {Path(path).name}, whose weights are packed; "
+            "set weight_dtype to default, bf16 or fp16: what they are unpacked to."
+        )
     tensors, metadata = _without_prefix(checkpoint, path)
     # Of the file: a name in diffusers' spelling is converted, which writes new tensors.
     count, stored = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
-    detection = comfy.model_detection
-    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
-    known = {"metadata": metadata} if _converts_formats() else {}
-    config = detection.model_config_from_unet(tensors, "", **known)
+    try:
+        config, tensors = _config(tensors, metadata)
+    except MISFITS as error:
+        raise misfit(path, error) from error
     if config is None:
-        converted = detection.convert_diffusers_mmdit(tensors, "")
-        config = detection.model_config_from_unet(converted, "") if converted else None
-        tensors = converted
-    if config is None:
+        said = f" (architecture {checkpoint.architecture!r})" if packed else ""
         raise InvalidInput(
-            f"this ComfyUI does not recognise the diffusion model in {path}; "
+            f"this ComfyUI does not recognise the diffusion model in {path}{said}; "
             "update ComfyUI, or choose a model of a family it knows."
         )
     quantised = any(vars(config).get(mark) is not None for mark in ("quant_config", "scaled_fp8"))
-    dtype, manual_cast = _dtypes(config, count, None if quantised else stored, weight_dtype, device)
-    return Detected(config, tensors, dtype, manual_cast, quantised)
+    stored = None if quantised or packed else stored
+    dtype, manual_cast = _dtypes(config, count, stored, weight_dtype, device)
+    return Detected(config, tensors, dtype, manual_cast, quantised, packed)
+
+
+def misfit(path: str, error: Exception) -> InvalidInput:
+    """What to say of a file in which ComfyUI finds a model, and then not all that makes it one."""
+    said = f"{type(error).__name__}: {error}"
+    return InvalidInput(
+        f"{path} has some of what this ComfyUI knows a model by, and not the rest ({said[:200]}); the file "
+        "is incomplete, damaged, or of a variant that needs another ComfyUI."
+    )
 
 
 def named(detected: Detected) -> Tensors:
@@ -76,7 +118,30 @@ def named(detected: Detected) -> Tensors:
     return detected.config.process_unet_state_dict(dict(detected.tensors))
 
 
-def _without_prefix(checkpoint: Checkpoint, path: str) -> tuple[Tensors, dict[str, str]]:
+def kept_bytes(detected: Detected, tensors: Iterable[torch.Tensor]) -> int:
+    """What these tensors of its file take in a rank."""
+    size = detected.dtype.itemsize
+    as_stored = detected.quantised
+    return sum(t.nbytes if as_stored or _is_packed(t) else t.numel() * size for t in tensors)
+
+
+def _config(tensors: Tensors, metadata: dict[str, str]) -> tuple[Any, Tensors]:
+    """ComfyUI's configuration of a model, None of one it does not know; and the tensors in its naming."""
+    detection = comfy.model_detection
+    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
+    known = {"metadata": metadata} if _converts_formats() else {}
+    config = detection.model_config_from_unet(tensors, "", **known)
+    if config is None:
+        tensors = detection.convert_diffusers_mmdit(tensors, "")
+        config = detection.model_config_from_unet(tensors, "") if tensors else None
+    return config, tensors
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def _without_prefix(checkpoint: Checkpoint | GGUFFile, path: str) -> tuple[Tensors, dict[str, str]]:
     tensors, metadata = checkpoint.views()
     tensors, metadata = _current_format(tensors, metadata, path)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
@@ -87,13 +152,36 @@ def _without_prefix(checkpoint: Checkpoint, path: str) -> tuple[Tensors, dict[st
 def _current_format(tensors: Tensors, metadata: dict[str, str], path: str) -> tuple[Tensors, dict[str, str]]:
     """Quantised layers in the one spelling that ComfyUI's operations read."""
     if _converts_formats():
-        return comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
+        try:
+            tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
+            _check_formats(tensors, path)
+        except MISFITS as error:
+            if isinstance(error, InvalidInput):
+                raise
+            raise InvalidInput(
+                f"{path} says of its quantised layers what this ComfyUI does not understand "
+                f"({type(error).__name__}: {error}); download it again."
+            ) from error
+        return tensors, metadata
     if "_quantization_metadata" in metadata or any(name.endswith(".comfy_quant") for name in tensors):
         raise InvalidInput(
             f"{path} holds quantised layers (_quantization_metadata), which this ComfyUI loads without their "
             "scales; update ComfyUI, or choose the fp16, bf16 or scaled fp8 file of the model."
         )
     return tensors, metadata
+
+
+def _check_formats(tensors: Tensors, path: str) -> None:
+    """Raise InvalidInput for a layer in a format that this ComfyUI does not know."""
+    known = importlib.import_module("comfy.quant_ops").QUANT_ALGOS
+    for name, told in tensors.items():
+        if name.endswith(".comfy_quant"):
+            said = json.loads(bytes(told.flatten()[:MAX_SAID].tolist()))["format"]
+            if not isinstance(said, str) or said not in known:
+                raise InvalidInput(
+                    f"{path} holds layers as {said!r} ({name}), which this ComfyUI does not read (it reads "
+                    f"{', '.join(known)}); update ComfyUI, or choose another file of the model."
+                )
 
 
 def _converts_formats() -> bool:

@@ -54,8 +54,8 @@ class ComfyUILayout:
             asked[PATCHES] = f"pipefusion_degree {degrees.stages}"
         return asked
 
-    def check(self, quantised: bool) -> None:
-        """Raise InvalidInput for what this class, or a file with quantised layers, cannot have.
+    def check(self) -> None:
+        """Raise InvalidInput for what this class cannot have.
 
         It is all that one rank can find out by itself.
         """
@@ -65,11 +65,6 @@ class ComfyUILayout:
             raise InvalidInput(
                 f"pipefusion_degree {degrees.stages} does not go with {why}, and {self._file} runs in "
                 f"ComfyUI's own {self._name}; set pipefusion_degree to 1."
-            )
-        if degrees.shards > 1 and quantised:
-            raise InvalidInput(
-                f"{self._file} holds quantised weights, which cannot be spread over ranks; "
-                "set shard_weights to false."
             )
         if not self._methods:
             return

@@ -14,7 +14,8 @@ from torch import nn
 
 from comfy_xdit.protocol.messages import Patch
 from worker.checkpoints import Checkpoint, Source
-from worker.models.comfyui.detection import Detected, named
+from worker.models.comfyui.detection import Detected, Tensors, named
+from worker.models.comfyui.formats import unpatched
 from worker.parallel import ShardedWeights
 from worker.patches import (
     COMPUTE_DTYPE,
@@ -60,7 +61,7 @@ def lora_files(outline: Any) -> LoraFiles:
 class PatchedComfyUI(PatchedModel):
     """The weights of a ComfyUI class, patched as ComfyUI patches them: added in fp32, rounded as it rounds.
 
-    The base of a plain weight is read from the file again; of one in a format of its own it is kept.
+    Its base is read from the file again; a weight that stays packed is patched whenever it is unpacked.
 
     Args:
         module: the loaded transformer, written to.
@@ -79,7 +80,6 @@ class PatchedComfyUI(PatchedModel):
         known: Iterable[str],
     ):
         self._module, self._checkpoint, self._detected, self._shards = module, checkpoint, detected, shards
-        self._kept: dict[str, nn.Parameter] = {}
         names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
         super().__init__(names | set(known), names, loras)
 
@@ -90,12 +90,25 @@ class PatchedComfyUI(PatchedModel):
         base = named(self._detected) if changed else {}
         for name in changed:
             owner, _, leaf = name.rpartition(".")
-            layer = self._module.get_submodule(owner)
-            if hasattr(layer, f"set_{leaf}"):
-                self._write_format(name, layer, leaf, wanted.get(name, ()), store)
+            patches = wanted.get(name, ())
+            if hasattr(base[name], "change"):
+                self._patch_packed(name, patches, store)
+            elif hasattr(self._module.get_submodule(owner), f"set_{leaf}"):
+                self._write_format(name, base, patches, store)
             else:
-                self._write_plain(name, base[name], wanted.get(name, ()), store)
+                self._write_plain(name, base[name], patches, store)
             yield name
+
+    def _patch_packed(self, name: str, patches: tuple[Patch, ...], store: PatchStore) -> None:
+        """Of a PackedWeight: its patches stay on its device."""
+        weight = comfy.utils.get_attr(self._module, name)
+        tensors = [store.tensors(patch, weight.device) for patch in patches]
+
+        def change(numbers: torch.Tensor) -> torch.Tensor:
+            order = iter(tensors)
+            return patched(name, numbers, patches, lambda _patch: next(order))
+
+        weight.change = change if patches else None
 
     def _write_plain(
         self, name: str, base: torch.Tensor, patches: tuple[Patch, ...], store: PatchStore
@@ -113,18 +126,20 @@ class PatchedComfyUI(PatchedModel):
         else:
             own.copy_(whole)
 
-    def _write_format(
-        self, name: str, layer: nn.Module, leaf: str, patches: tuple[Patch, ...], store: PatchStore
-    ) -> None:
+    def _write_format(self, name: str, base: Tensors, patches: tuple[Patch, ...], store: PatchStore) -> None:
         """Of a layer that keeps its weight in a format of its own: by ComfyUI's conversion, and back."""
-        base = self._kept.setdefault(name, getattr(layer, leaf))
-        setattr(layer, leaf, base)
-        if not patches:
-            del self._kept[name]
-            return
-        whole = getattr(layer, f"convert_{leaf}")(base.to(COMPUTE_DTYPE, copy=True), inplace=True)
-        whole = _patched(name, whole, patches, store)
-        getattr(layer, f"set_{leaf}")(whole, inplace_update=False, seed=_seed(name))
+        owner, _, leaf = name.rpartition(".")
+        layer = self._module.get_submodule(owner)
+        fresh = unpatched(layer, owner, base)
+        if patches:
+            weight = getattr(fresh, leaf).to(COMPUTE_DTYPE, copy=True)
+            whole = getattr(fresh, f"convert_{leaf}")(weight, inplace=True)
+            whole = _patched(name, whole, patches, store)
+            getattr(fresh, f"set_{leaf}")(whole, inplace_update=False, seed=_seed(name))
+        if self._shards and name in self._shards.names:
+            self._shards.write(name, getattr(fresh, leaf))
+        else:
+            setattr(layer, leaf, getattr(fresh, leaf))
 
 
 def _patched(name: str, whole: torch.Tensor, patches: tuple[Patch, ...], store: PatchStore) -> torch.Tensor:
