@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from comfy_xdit.nodes.checkpoint import XDiTLoadCheckpoint
 from comfy_xdit.nodes.config import XDiTParallelConfig
 from comfy_xdit.nodes.controlnet import XDiTControlNetApply, XDiTControlNetLoader
 from comfy_xdit.nodes.ip_adapter import XDiTIPAdapterApply, XDiTIPAdapterLoader
@@ -36,9 +37,9 @@ def _surroundings() -> Surroundings:
 bind(_surroundings)
 
 NODES = (
-    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader,
-    XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply, XDiTSampler,
-    XDiTVAEDecode, XDiTStatus,
+    XDiTParallelConfig, XDiTLoadCheckpoint, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE,
+    XDiTLoraLoader, XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply,
+    XDiTSampler, XDiTVAEDecode, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

@@ -52,9 +52,10 @@ class Checkpoint:
 
     Args:
         quantised: layers in a format of their own are read as they are stored, instead of refused.
+        transformer: where there are tensors with such a prefix, they are all of it that counts.
     """
 
-    def __init__(self, files: Iterable[Path], quantised: bool = False):
+    def __init__(self, files: Iterable[Path], quantised: bool = False, transformer: bool = False):
         self._files = list(files)
         self._place: dict[str, tuple[Path, str]] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
@@ -62,6 +63,8 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for file in self._files:
             self._add(file)
+        if transformer:
+            self._leave_out_others()
         marks = [k for k in self._place if k.endswith(QUANTISED)]
         if marks and not quantised:
             raise InvalidInput(
@@ -70,21 +73,21 @@ class Checkpoint:
             )
 
     @classmethod
-    def at(cls, path: Path) -> Checkpoint:
-        """The checkpoint at a file, or in a diffusers model folder.
+    def at(cls, path: Path, transformer: bool = False) -> Checkpoint:
+        """The checkpoint at a file, or in a diffusers model folder; or its transformer alone.
 
         Raises:
             InvalidInput: nothing there, a pickle file, a damaged file, or two with the same tensor.
         """
         if not path.is_dir():
-            return cls([path])
+            return cls([path], transformer=transformer)
         files = sorted(path.glob("*.safetensors"))
         if not files:
             pickles = [f.name for f in path.glob("*") if f.suffix in PICKLES]
             hint = f"; it holds {pickles[0]}: {how_to_convert()}" if pickles else ""
             raise InvalidInput(f"no .safetensors file in {path}{hint}")
         plain = [f for f in files if ".fp16." not in f.name and ".bf16." not in f.name]
-        return cls(plain or files)
+        return cls(plain or files, transformer=transformer)
 
     @property
     def elements(self) -> int:
@@ -200,6 +203,13 @@ class Checkpoint:
                 )
             self._place[name] = (file, key)
             self.shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
+
+    def _leave_out_others(self) -> None:
+        """Forget text encoders and VAE of a whole checkpoint."""
+        others = [name for name, (_, key) in self._place.items() if not key.startswith(PREFIXES)]
+        if len(others) < len(self._place):
+            for name in others:
+                del self._place[name], self.shapes[name], self.dtypes[name]
 
 
 def check_complete(

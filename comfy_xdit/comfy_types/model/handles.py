@@ -33,7 +33,8 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
         InvalidInput: this ComfyUI does not know the model's family.
     """
     described = remote.described()
-    twin = build_twin(remote.spec.path, _dtype(described.dtype), _dtype(described.manual_cast))
+    spec, dtype, cast = remote.spec, _dtype(described.dtype), _dtype(described.manual_cast)
+    twin = build_twin(spec.path, dtype, cast, spec.checkpoint)
     setattr(twin, HANDLE, remote)
     if described.comfyui:
         answer_for(remote, twin, described)

@@ -16,6 +16,8 @@ from worker.models.comfyui.detection import Detected, Tensors, named
 
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
 LARGE = 65_536  # elements
+# Containers that are never called: their owner calls what they hold, one after the other.
+UNCALLED = ("TimestepEmbedSequential",)
 # Parameters that a layer sets to 1 itself, where the file does not scale it.
 MADE_BY_LAYERS = (".scale_weight", ".scale_input")
 
@@ -25,7 +27,7 @@ def outline(detected: Detected) -> Any:
     config = detected.config
     before, config.custom_operations = config.custom_operations, comfy.ops.disable_weight_init
     try:
-        return on_meta(lambda: config.get_model(dict(detected.tensors), "", device=META))
+        return on_meta(lambda: detected.model(META))
     finally:
         config.custom_operations = before
 
@@ -37,7 +39,7 @@ def build(detected: Detected, device: torch.device, without_memory: bool = False
         without_memory: large parameters are on the meta device.
     """
     with _large_on_meta() if without_memory else _as_built():
-        model = detected.config.get_model(dict(detected.tensors), "", device=device)
+        model = detected.model(device)
     return model.diffusion_model.eval().requires_grad_(False)
 
 
@@ -100,19 +102,23 @@ def blocks(module: nn.Module) -> list[str]:
 
     A list in which something is no module to be called is looked into.
     """
+
+    def is_list(child: nn.Module) -> bool:
+        return isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child).__name__ in UNCALLED
+
     found: list[str] = []
 
     def search(owner: nn.Module, prefix: str) -> None:
         for name, child in owner.named_children():
             path = f"{prefix}{name}"
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            if is_list(child):
                 search_list(child, path)
             else:
                 search(child, f"{path}.")
 
     def search_list(held: nn.Module, path: str) -> None:
         for name, child in held.named_children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            if is_list(child):
                 search_list(child, f"{path}.{name}")
             elif any(True for _ in child.parameters()):
                 found.append(f"{path}.{name}")

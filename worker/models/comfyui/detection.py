@@ -32,27 +32,73 @@ class Detected:
 
     Args:
         config: ComfyUI's model configuration, its dtypes set.
-        tensors: views of the file, without prefix and in ComfyUI's naming.
+        tensors: of the transformer, views of the file, without prefix and in ComfyUI's naming.
+        given: what ComfyUI builds its model from: `tensors`, or a whole checkpoint.
+        prefix: of the transformer in `given`.
         dtype: of the weights; `manual_cast` is what is computed in where it is another.
         quantised: whether layers carry a format of their own (scaled fp8, mixed precision).
     """
 
     config: Any
     tensors: Tensors
+    given: Tensors
+    prefix: str
     dtype: torch.dtype
     manual_cast: torch.dtype | None
     quantised: bool
 
+    def model(self, device: torch.device) -> Any:
+        """ComfyUI's BaseModel on `device`, its weights not read."""
+        return self.config.get_model(dict(self.given), self.prefix, device=device)
 
-def detect(checkpoint: Checkpoint, path: str, weight_dtype: str, device: torch.device) -> Detected:
+
+def detect(
+    checkpoint: Checkpoint, path: str, weight_dtype: str, device: torch.device, whole: bool = False
+) -> Detected:
     """Read the names and shapes of a file with ComfyUI's detection.
+
+    Args:
+        whole: as its checkpoint loader reads the transformer in a checkpoint; else as UNETLoader does.
 
     Raises:
         InvalidInput: this ComfyUI does not know the model, or not the format of its weights.
     """
+    see = _in_checkpoint if whole else _alone
+    config, given, prefix, count, stored = see(checkpoint, path)
+    if config is None:
+        raise InvalidInput(
+            f"this ComfyUI does not recognise the diffusion model in {path}; "
+            "update ComfyUI, or choose a model of a family it knows."
+        )
+    tensors = _below(given, prefix)
+    quantised = any(vars(config).get(mark) is not None for mark in ("quant_config", "scaled_fp8"))
+    dtype, manual_cast = _dtypes(config, count, None if quantised else stored, weight_dtype, device)
+    return Detected(config, tensors, given, prefix, dtype, manual_cast, quantised)
+
+
+def named(detected: Detected) -> Tensors:
+    """Its tensors under the names of ComfyUI's class."""
+    return detected.config.process_unet_state_dict(dict(detected.tensors))
+
+
+# A configuration or None, what it was found in, the transformer's prefix there, how many numbers the
+# transformer has, and the dtype most are stored in.
+Seen = tuple[Any, Tensors, str, int, torch.dtype]
+
+
+def _in_checkpoint(checkpoint: Checkpoint, path: str) -> Seen:
+    tensors, metadata = checkpoint.views()
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    counted = comfy.utils.calculate_parameters(tensors, prefix), comfy.utils.weight_dtype(tensors, prefix)
+    tensors, metadata = _current_format(tensors, metadata, path, prefix)
+    config = comfy.model_detection.model_config_from_unet(tensors, prefix, metadata=metadata)
+    return config, tensors, prefix, *counted
+
+
+def _alone(checkpoint: Checkpoint, path: str) -> Seen:
     tensors, metadata = _without_prefix(checkpoint, path)
     # Of the file: a name in diffusers' spelling is converted, which writes new tensors.
-    count, stored = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
+    counted = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
     detection = comfy.model_detection
     # The loader of ComfyUI 0.3.64 does not hand the metadata on.
     known = {"metadata": metadata} if _converts_formats() else {}
@@ -61,34 +107,29 @@ def detect(checkpoint: Checkpoint, path: str, weight_dtype: str, device: torch.d
         converted = detection.convert_diffusers_mmdit(tensors, "")
         config = detection.model_config_from_unet(converted, "") if converted else None
         tensors = converted
-    if config is None:
-        raise InvalidInput(
-            f"this ComfyUI does not recognise the diffusion model in {path}; "
-            "update ComfyUI, or choose a model of a family it knows."
-        )
-    quantised = any(vars(config).get(mark) is not None for mark in ("quant_config", "scaled_fp8"))
-    dtype, manual_cast = _dtypes(config, count, None if quantised else stored, weight_dtype, device)
-    return Detected(config, tensors, dtype, manual_cast, quantised)
-
-
-def named(detected: Detected) -> Tensors:
-    """Its tensors under the names of ComfyUI's class."""
-    return detected.config.process_unet_state_dict(dict(detected.tensors))
+    return config, tensors, "", *counted
 
 
 def _without_prefix(checkpoint: Checkpoint, path: str) -> tuple[Tensors, dict[str, str]]:
     tensors, metadata = checkpoint.views()
     tensors, metadata = _current_format(tensors, metadata, path)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
+    inner = _below(tensors, comfy.model_detection.unet_prefix_from_state_dict(tensors))
     return _current_format(inner, metadata, path) if inner else (tensors, metadata)
 
 
-def _current_format(tensors: Tensors, metadata: dict[str, str], path: str) -> tuple[Tensors, dict[str, str]]:
-    """Quantised layers in the one spelling that ComfyUI's operations read."""
+def _below(tensors: Tensors, prefix: str) -> Tensors:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _current_format(
+    tensors: Tensors, metadata: dict[str, str], path: str, prefix: str = ""
+) -> tuple[Tensors, dict[str, str]]:
+    """Quantised layers, below `prefix`, in the one spelling that ComfyUI's operations read."""
     if _converts_formats():
-        return comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
-    if "_quantization_metadata" in metadata or any(name.endswith(".comfy_quant") for name in tensors):
+        return comfy.utils.convert_old_quants(tensors, prefix, metadata=metadata)
+    marked = any(name.startswith(prefix) and name.endswith(".comfy_quant") for name in tensors)
+    if marked or "_quantization_metadata" in metadata:
         raise InvalidInput(
             f"{path} holds quantised layers (_quantization_metadata), which this ComfyUI loads without their "
             "scales; update ComfyUI, or choose the fp16, bf16 or scaled fp8 file of the model."
