@@ -19,6 +19,7 @@ from comfy_xdit.protocol.safetensors_header import PICKLES, how_to_convert, read
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 BATCH = 16 << 20  # numbers that are copied out of a file before it is closed and opened anew
+FEW = 16  # numbers beside a model that say something of it
 MAX_JSON_BYTES = 16 << 20  # of a configuration; published ones have some kilobytes
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be stored as
 QUANTISED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
@@ -59,6 +60,7 @@ class Checkpoint:
         self._files = list(files)
         self._place: dict[str, tuple[Path, str]] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
+        self._left_out: Shapes = {}  # by their names in the file
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
         for file in self._files:
@@ -123,6 +125,9 @@ class Checkpoint:
     def views(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Every tensor under its name in the file, as a view of the file's memory map; and the metadata.
 
+        Of what stands around a transformer a few numbers are as they are, and larger tensors are zeros that
+        take no memory: a view reads the file where its tensor begins.
+
         Raises:
             InvalidInput: a file is no longer the one whose header was read.
         """
@@ -130,7 +135,10 @@ class Checkpoint:
         metadata: dict[str, str] = {}
         with self._opened() as opened:
             for stored in opened.values():
-                tensors |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a dict
+                for key in stored.keys():  # noqa: SIM118 - not a dict
+                    shape = self._left_out.get(key, ())
+                    large = math.prod(shape) > FEW
+                    tensors[key] = torch.zeros(()).expand(shape) if large else stored.get_tensor(key)
                 metadata |= stored.metadata() or {}
         return tensors, metadata
 
@@ -206,8 +214,9 @@ class Checkpoint:
 
     def _leave_out_others(self) -> None:
         """Forget text encoders and VAE of a whole checkpoint."""
-        others = [name for name, (_, key) in self._place.items() if not key.startswith(PREFIXES)]
+        others = {name: key for name, (_, key) in self._place.items() if not key.startswith(PREFIXES)}
         if len(others) < len(self._place):
+            self._left_out = {key: self.shapes[name] for name, key in others.items()}
             for name in others:
                 del self._place[name], self.shapes[name], self.dtypes[name]
 
