@@ -179,6 +179,21 @@ def test_two_ranks_draw_what_stock_draws(run_node, files, name, degrees):
     assert relative_l2(*pictures) <= PER_RUN
 
 
+@pytest.mark.parametrize("degrees", [{"cfg_parallel_degree": 2}, {"data_parallel_degree": 2}], ids=str)
+def test_frames_of_a_video_stay_together(run_node, files, degrees):
+    """Five of them, with two prompts ten rows: a rank has all, as each frame sees the others."""
+    pair = load(run_node, files("svd"), **degrees)
+    video, picture = ({"latent_image": {"samples": torch.zeros(n, 4, 10, 14)}} for n in (5, 1))
+
+    ours, stock = (
+        sampled(run_node, one.model, prompts(run_node, None), **video) for one in (pair.ours, pair.stock)
+    )
+
+    assert relative_l2(ours, stock) <= PER_RUN
+    alone = sampled(run_node, pair.stock.model, prompts(run_node, None), **picture)
+    assert relative_l2(stock[:1], alone) > 0.01
+
+
 @pytest.mark.parametrize(
     "degrees", [{"ulysses_degree": 2}, {"ring_degree": 2}, {"pipefusion_degree": 2}], ids=str
 )

@@ -44,6 +44,7 @@ class TinyCheckpoint:
         size: what that class is built with, and what of it a file has to say, by name.
         published: what ComfyUI knows the configuration by.
         channels: of a latent.
+        clip: it holds text encoders.
         more: tensors beside all these.
     """
 
@@ -53,6 +54,7 @@ class TinyCheckpoint:
     published: dict[str, Any] = field(default_factory=dict)
     place: tuple[str, str] = ("comfy.ldm.modules.diffusionmodules.openaimodel", "UNetModel")
     channels: int = 4
+    clip: bool = True
     more: Callable[[], Tensors] = dict
 
 
@@ -73,6 +75,23 @@ SD2 = TinyCheckpoint(
     },
     ("model_channels", "context_dim", "num_head_channels"),
     {"model_channels": 320, "context_dim": 1024},
+    clip=False,
+)  # fmt: skip
+# Its rows are the frames of a video, which see each other.
+SVD = TinyCheckpoint(
+    "SVD_img2vid",
+    UNET
+    | ONE_EACH
+    | {
+        "in_channels": 8, "context_dim": WIDTH, "num_head_channels": 16, "use_linear_in_transformer": True,
+        "num_classes": "sequential", "adm_in_channels": EMBEDDED // 2, "use_temporal_resblock": True,
+        "use_temporal_attention": True, "extra_ff_mix_layer": True, "use_spatial_context": True,
+        "merge_strategy": "learned_with_images", "merge_factor": 0.0, "video_kernel_size": [3, 1, 1],
+        "disable_temporal_crossattention": False,
+    },
+    ("model_channels", "context_dim", "num_head_channels", "transformer_depth"),
+    {"model_channels": 320, "context_dim": 1024, "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0]},
+    clip=False,
 )  # fmt: skip
 SDXL = TinyCheckpoint(
     "SDXL",
@@ -111,7 +130,7 @@ SD3 = TinyCheckpoint(
     channels=16,
 )  # fmt: skip
 CHECKPOINTS = {
-    "sd15": SD15, "sd2": SD2, "sdxl": SDXL, "sdxl v": SDXL_V, "sdxl edm": SDXL_EDM, "sd3": SD3,
+    "sd15": SD15, "sd2": SD2, "svd": SVD, "sdxl": SDXL, "sdxl v": SDXL_V, "sdxl edm": SDXL_EDM, "sd3": SD3,
 }  # fmt: skip
 
 
@@ -146,7 +165,7 @@ def parts(name: str) -> dict[str, Tensors]:
         model = _model(told).state_dict() | ({_key(told): torch.zeros(1)} if told.said else {})
         return {
             "model": {f"{MODEL}{key}": tensor for key, tensor in model.items()},
-            "clip": {} if name == "sd2" else _text_encoders(config),
+            "clip": _text_encoders(config) if told.clip else {},
             "vae": config.process_vae_state_dict_for_saving(_vae(told.channels)),
             "more": told.more(),
         }
