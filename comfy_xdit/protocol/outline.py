@@ -21,12 +21,17 @@ def on_meta(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except RuntimeError as error:
-        if "meta tensors" not in str(error):
+        if not asks_for_numbers(error):
             raise
     with _WrittenNumbers():
         model = make()
     model.diffusion_model.to(META)
     return model
+
+
+def asks_for_numbers(error: RuntimeError) -> bool:
+    """Whether it is torch's answer to who wants to know a number of a tensor on the meta device."""
+    return "meta tensors" in str(error)
 
 
 class _WrittenNumbers(TorchFunctionMode):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from comfy_xdit.protocol import safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.outline import META
+from comfy_xdit.protocol.outline import META, asks_for_numbers
 
 Tensors = dict[str, torch.Tensor]
 # Names of safetensors headers. What is not here (packed formats) has bytes for elements.
@@ -52,21 +52,32 @@ class Detected:
         return bool(self.prefix)
 
 
-def detect(path: Path, checkpoint: bool = False) -> Detected:
+def detect(path: Path, checkpoint: bool = False, numbers: bool = False) -> Detected:
     """The transformer at `path`.
 
     Args:
         path: a safetensors file, a diffusers transformer folder, or a pipeline that has one.
         checkpoint: as ComfyUI's checkpoint loader sees it, if it does; else as UNETLoader does.
+        numbers: with the transformer's vectors as they are in the file, of which norms may tell what it
+            predicts; also where detection asks for them.
 
     Raises:
         InvalidInput: this ComfyUI does not know the family, or the file is no safetensors file.
     """
+    try:
+        return _detect(path, checkpoint, numbers)
+    except RuntimeError as error:
+        if numbers or not asks_for_numbers(error):
+            raise
+    return _detect(path, checkpoint, True)
+
+
+def _detect(path: Path, checkpoint: bool, numbers: bool) -> Detected:
     tensors: Tensors = {}
     metadata: dict[str, str] = {}
     for file in transformer_files(path):
         tensors |= read_header(file)
-        metadata |= _fill_in(tensors, file, checkpoint)
+        metadata |= _fill_in(tensors, file, checkpoint, numbers)
     prefix = _prefix(tensors)
     own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if checkpoint and prefix:
@@ -107,18 +118,17 @@ def read_header(file: Path) -> Tensors:
     }
 
 
-def _fill_in(tensors: Tensors, file: Path, checkpoint: bool) -> dict[str, str]:
+def _fill_in(tensors: Tensors, file: Path, checkpoint: bool, numbers: bool) -> dict[str, str]:
     """Put the numbers in that ComfyUI may ask for, as views of the file. Returns its metadata.
 
-    These are vectors (a norm tells what Stable Diffusion 2 predicts), and in a checkpoint what stands around
-    the transformer (limits of noise, embedders of a conditioning): little, and what is not asked for is not
-    read.
+    In a checkpoint these are what stands around the transformer (limits of noise, embedders of a
+    conditioning): this process reads text encoders and VAE anyway. With `numbers` vectors, too.
     """
     prefix = _prefix(tensors) if checkpoint else ""
     try:
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
-                if tensors[name].ndim < 2 or not name.startswith(prefix):
+                if (numbers and tensors[name].ndim < 2) or not name.startswith(prefix):
                     tensors[name] = stored.get_tensor(name)
             return stored.metadata() or {}
     except (SafetensorError, OSError) as error:

@@ -13,11 +13,11 @@ from typing import Any
 import comfy.ops
 import torch
 
-from comfy_xdit.comfy_types.model.detection import detect, transformer_files
+from comfy_xdit.comfy_types.model.detection import Detected, detect, transformer_files
 from comfy_xdit.comfy_types.model.residuals import lend_embedders
 from comfy_xdit.comfy_types.model.weights import take_away
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.outline import META, on_meta
+from comfy_xdit.protocol.outline import META, asks_for_numbers, on_meta
 
 TRANSFORMER = "diffusion_model"  # its name in a BaseModel
 
@@ -35,11 +35,19 @@ def build_twin(
     Raises:
         InvalidInput: this ComfyUI does not know the family, or the file is no safetensors file.
     """
-    detected = detect(Path(path), checkpoint)
-    config, given = detected.config, detected.given
-    config.set_inference_dtype(dtype, manual_cast)
-    config.custom_operations = _twin_operations()
-    twin = on_meta(lambda: config.get_model(dict(given), detected.prefix, device=META))
+
+    def built(detected: Detected) -> Any:
+        config = detected.config
+        config.set_inference_dtype(dtype, manual_cast)
+        config.custom_operations = _twin_operations()
+        return on_meta(lambda: config.get_model(dict(detected.given), detected.prefix, device=META))
+
+    try:
+        twin = built(detect(Path(path), checkpoint))
+    except RuntimeError as error:
+        if not asks_for_numbers(error):
+            raise
+        twin = built(detect(Path(path), checkpoint, numbers=True))
     _keep_copies(twin)
     # Shared by all clones. Nothing of this model needs the host's memory, and a host without any
     # free still gets positive and negative in one call.
