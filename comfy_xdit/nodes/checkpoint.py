@@ -50,11 +50,11 @@ class XDiTLoadCheckpoint:
         weight_dtype: str = "default",
         parallel: ParallelConfig | Automatic | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Have the ranks load the diffusion model. What is wrong with the rest costs them nothing."""
+        """Have the ranks load the diffusion model: what they refuse is said before text encoders are read."""
         from comfy_xdit.remote import RemoteModel
 
         here = surroundings()
         spec = here.spec_of(here.path(FOLDER, ckpt_name), weight_dtype, checkpoint=True)
         layout = planned(parallel, spec, here)
-        clip, vae = here.clip_and_vae(spec)
-        return here.model_of(loaded(RemoteModel(spec, layout), here)), clip, vae
+        remote = loaded(RemoteModel(spec, layout), here)
+        return here.model_of(remote), *here.clip_and_vae(spec)
