@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from comfy_xdit.nodes.checkpoint import XDiTLoadCheckpoint
 from comfy_xdit.nodes.class_label import XDiTClassLabel
 from comfy_xdit.nodes.config import XDiTParallelConfig
 from comfy_xdit.nodes.controlnet import XDiTControlNetApply, XDiTControlNetLoader
@@ -40,6 +41,9 @@ NODES = (
     XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader,
     XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply, XDiTSampler,
     XDiTVAEDecode, XDiTClassLabel, XDiTStatus,
+    XDiTParallelConfig, XDiTLoadCheckpoint, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE,
+    XDiTLoraLoader, XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply,
+    XDiTSampler, XDiTVAEDecode, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

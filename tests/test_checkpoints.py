@@ -141,3 +141,22 @@ def test_what_is_copied_out_of_a_file_is_not_there_twice(tmp_path):
     save_file({str(i): torch.zeros(4 << 20) for i in range(12)}, file)
     ran = subprocess.run([sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, check=True)
     assert int(ran.stdout) < 1.5 * file.stat().st_size, "twice where the whole file stays open"
+
+
+def test_of_a_whole_checkpoint_only_the_transformer_counts(tmp_path):
+    """Its dtype is not that of the text encoders beside it, and neither are their formats."""
+    file = tmp_path / "whole.safetensors"
+    inner = {f"model.diffusion_model.{name}": torch.ones(2, 2, dtype=torch.bfloat16) for name in "ab"}
+    encoders = {f"text_encoders.{n}.weight": torch.ones(2, 2, dtype=torch.float16) for n in range(9)}
+    quantised = {"text_encoders.scaled_fp8": torch.ones(2), "text_encoders.0.scale_weight": torch.ones(1)}
+    save_file(inner | encoders | quantised, file)
+
+    checkpoint = Checkpoint.at(file, transformer=True)
+
+    assert set(checkpoint.shapes) == {"a", "b"}
+    assert checkpoint.common_dtype() == torch.bfloat16
+    with pytest.raises(InvalidInput, match=r"holds quantised weights \(text_encoders"):
+        Checkpoint.at(file)
+    save_file(inner | {"diffusion_model.a": torch.ones(2, 2)}, file)
+    with pytest.raises(InvalidInput, match="has the tensor a twice"):
+        Checkpoint.at(file, transformer=True)

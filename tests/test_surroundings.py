@@ -6,8 +6,11 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.nodes.surroundings import Surroundings
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import SAMPLERS
 from worker.sampling import samplers
 
@@ -51,3 +54,9 @@ def test_what_is_lacking_is_found():
 
 def test_the_nodes_offer_the_samplers_that_the_ranks_have():
     assert tuple(samplers.SAMPLERS) == SAMPLERS
+
+
+def test_a_checkpoint_needs_comfyui(tmp_path):
+    spec = HEADLESS.spec_of(tmp_path, "default", checkpoint=True)
+    with pytest.raises(InvalidInput, match=r"CLIP and VAE of a checkpoint .* are ComfyUI's own"):
+        HEADLESS.clip_and_vae(spec)

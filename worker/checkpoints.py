@@ -20,6 +20,7 @@ from comfy_xdit.protocol.safetensors_header import PICKLES, how_to_convert, read
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 BATCH = 16 << 20  # numbers that are copied out of a file before it is closed and opened anew
+FEW = 16  # numbers beside a model that say something of it
 MAX_JSON_BYTES = 16 << 20  # of a configuration; published ones have some kilobytes
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a weight may be stored as
 Shapes = dict[str, tuple[int, ...]]
@@ -53,16 +54,20 @@ class Checkpoint:
 
     Args:
         quantised: layers in a format of their own are read as they are stored, instead of refused.
+        transformer: where there are tensors with such a prefix, they are all of it that counts.
     """
 
-    def __init__(self, files: Iterable[Path], quantised: bool = False):
+    def __init__(self, files: Iterable[Path], quantised: bool = False, transformer: bool = False):
         self._files = list(files)
         self._place: dict[str, tuple[Path, str]] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
+        self._left_out: Shapes = {}  # by their names in the file
         self.shapes: Shapes = {}
         self.dtypes: dict[str, str] = {}
         for file in self._files:
             self._add(file)
+        if transformer:
+            self._leave_out_others()
         refuse_foreign(self._place, self._files[0].name)
         marks = [k for k in self._place if k.endswith(MARKS)]
         if marks and not quantised:
@@ -72,21 +77,21 @@ class Checkpoint:
             )
 
     @classmethod
-    def at(cls, path: Path) -> Checkpoint:
-        """The checkpoint at a file, or in a diffusers model folder.
+    def at(cls, path: Path, transformer: bool = False) -> Checkpoint:
+        """The checkpoint at a file, or in a diffusers model folder; or its transformer alone.
 
         Raises:
             InvalidInput: nothing there, a pickle file, a damaged file, or two with the same tensor.
         """
         if not path.is_dir():
-            return cls([path])
+            return cls([path], transformer=transformer)
         files = sorted(path.glob("*.safetensors"))
         if not files:
             pickles = [f.name for f in path.glob("*") if f.suffix in PICKLES]
             hint = f"; it holds {pickles[0]}: {how_to_convert()}" if pickles else ""
             raise InvalidInput(f"no .safetensors file in {path}{hint}")
         plain = [f for f in files if ".fp16." not in f.name and ".bf16." not in f.name]
-        return cls(plain or files)
+        return cls(plain or files, transformer=transformer)
 
     @property
     def elements(self) -> int:
@@ -124,6 +129,9 @@ class Checkpoint:
     def views(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Every tensor under its name in the file, as a view of the file's memory map; and the metadata.
 
+        Of what stands around a transformer a few numbers are as they are, and larger tensors are zeros that
+        take no memory: a view reads the file where its tensor begins.
+
         Raises:
             InvalidInput: a file is no longer the one whose header was read.
         """
@@ -131,7 +139,10 @@ class Checkpoint:
         metadata: dict[str, str] = {}
         with self._opened() as opened:
             for stored in opened.values():
-                tensors |= {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a dict
+                for key in stored.keys():  # noqa: SIM118 - not a dict
+                    shape = self._left_out.get(key, ())
+                    large = math.prod(shape) > FEW
+                    tensors[key] = torch.zeros(()).expand(shape) if large else stored.get_tensor(key)
                 metadata |= stored.metadata() or {}
         return tensors, metadata
 
@@ -204,6 +215,14 @@ class Checkpoint:
                 )
             self._place[name] = (file, key)
             self.shapes[name], self.dtypes[name] = tensor.shape, tensor.dtype
+
+    def _leave_out_others(self) -> None:
+        """Forget text encoders and VAE of a whole checkpoint."""
+        others = {name: key for name, (_, key) in self._place.items() if not key.startswith(PREFIXES)}
+        if len(others) < len(self._place):
+            self._left_out = {key: self.shapes[name] for name, key in others.items()}
+            for name in others:
+                del self._place[name], self.shapes[name], self.dtypes[name]
 
 
 def check_complete(

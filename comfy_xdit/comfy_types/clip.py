@@ -11,8 +11,8 @@ import comfy.sd
 import torch
 
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible
+from comfy_xdit.comfy_types.model.detection import read_header
 from comfy_xdit.comfy_types.model.patcher import HANDLE, RemotePatcher
-from comfy_xdit.comfy_types.model.twin import read_header
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteTextEncoders, parse_weights, refuse_embeddings
 

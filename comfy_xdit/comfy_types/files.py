@@ -12,6 +12,7 @@ from comfy_xdit import demo_files
 from comfy_xdit.nodes.surroundings import KINDS
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.gguf_header import SUFFIX
+from comfy_xdit.protocol.safetensors_header import SUFFIXES, check_suffix
 
 # What makes a folder a model, for the kinds where one can be.
 MARKS = {"diffusers": "model_index.json", "controlnet": "config.json"}
@@ -21,9 +22,10 @@ GGUF = "unet_gguf"  # the same folders, of which ComfyUI lists files of the kind
 
 
 def names(kind: str) -> list[str]:
-    """Names for a widget: what is in models/`kind`, files before folders, then the demo's."""
+    """Names for a widget: what the ranks can read of models/`kind`, files before folders, then the demo's."""
     _know_ip_adapters()
     files = [] if kind == "diffusers" else folder_paths.get_filename_list(kind)
+    files = [name for name in files if name.lower().endswith(SUFFIXES)]
     if kind == MODELS:
         _know_gguf()
         files = sorted({*files, *folder_paths.get_filename_list(GGUF)})
@@ -31,7 +33,10 @@ def names(kind: str) -> list[str]:
 
 
 def path(kind: str, name: str) -> Path:
-    """The file or folder behind a name of `names(kind)`. Raises InvalidInput if there is none."""
+    """The file or folder behind a name of `names(kind)`. Raises InvalidInput if there is none.
+
+    A file that ComfyUI would list and `names` does not is refused with the reason.
+    """
     _know_ip_adapters()
     demo = demo_files.path_of(kind, name)
     if demo is not None and demo.exists():
@@ -43,6 +48,8 @@ def path(kind: str, name: str) -> Path:
     if file is None or not os.path.exists(file):
         what = "its folder" if kind == "diffusers" else "it"
         raise InvalidInput(f"no {KINDS[kind]} {name!r}; put {what} into models/{kind} and press R.")
+    if kind != MODELS or not name.lower().endswith(SUFFIX):
+        check_suffix(Path(file))
     return Path(file)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_xdit.comfy_types import (
     beginning,
+    checkpoint,
     choice,
     clip,
     driving,
@@ -28,6 +29,7 @@ class ComfyUI:
     model_of = staticmethod(handles.model_of)
     clip_of = staticmethod(clip.clip_of)
     vae_of = staticmethod(vae.vae_of)
+    clip_and_vae = staticmethod(checkpoint.clip_and_vae)
     controlnet_of = staticmethod(controlnet.RemoteControl)
     remote_of = staticmethod(handles.remote_of)
     remote_controlnet_of = staticmethod(controlnet.remote_controlnet_of)

@@ -12,8 +12,8 @@ import torch
 
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible
 from comfy_xdit.comfy_types.model.patcher import HANDLE, RemotePatcher
-from comfy_xdit.comfy_types.model.twin import META
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.outline import META
 from comfy_xdit.remote import RemoteVAE as Handle
 
 

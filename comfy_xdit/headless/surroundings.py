@@ -47,7 +47,7 @@ class Headless:
         """What has changed in ComfyUI: nothing where there is none."""
         return ()
 
-    def spec_of(self, path: Path, weight_dtype: str) -> ModelSpec:
+    def spec_of(self, path: Path, weight_dtype: str, checkpoint: bool = False) -> ModelSpec:
         """The diffusion model at `path`: there is no ComfyUI whose class it could have."""
         return ModelSpec.of(path, "transformer", weight_dtype)
 
@@ -62,6 +62,13 @@ class Headless:
     def vae_of(self, remote: RemoteVAE) -> RemoteVAE:
         """VAE: the handle itself; it has decode and encode."""
         return remote
+
+    def clip_and_vae(self, spec: ModelSpec) -> NoReturn:
+        """Refused: they are ComfyUI's."""
+        raise InvalidInput(
+            f"CLIP and VAE of a checkpoint ({Path(spec.path).name}) are ComfyUI's own; open the workflow "
+            "there, or use 'xDiT Load Pipeline' with the model's diffusers folder."
+        )
 
     def controlnet_of(self, net: RemoteControlNet) -> RemoteControlNet:
         """CONTROL_NET: the handle itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_xdit.nodes.surroundings import Surroundings, surroundings
+from comfy_xdit.nodes.surroundings import Surroundings, check_name, surroundings
 from comfy_xdit.protocol.spec import CONTROL_TYPES, ControlNet
 
 
@@ -29,6 +29,11 @@ class XDiTControlNetLoader:
     def IS_CHANGED(cls, control_net_name: str) -> tuple[int, int]:
         """Another file under the same name is another ControlNet."""
         return ControlNet.of(surroundings().path("controlnet", control_net_name)).stamp
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, control_net_name: str | None = None) -> bool | str:
+        """Whether the file is one to choose, or why not."""
+        return check_name("controlnet", control_net_name)
 
     def load(self, control_net_name: str) -> tuple[Any]:
         """Look at the file's header; the ranks read the weights when a MODEL samples."""

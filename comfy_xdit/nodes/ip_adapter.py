@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from comfy_xdit.nodes.surroundings import Surroundings, surroundings
+from comfy_xdit.nodes.surroundings import Surroundings, check_name, surroundings
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import IPAdapterFile
 
@@ -32,6 +32,11 @@ class XDiTIPAdapterLoader:
     def IS_CHANGED(cls, ipadapter_name: str) -> tuple[int, int]:
         """Another file under the same name is another adapter."""
         return load_ip_adapter(ipadapter_name, surroundings()).stamp
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, ipadapter_name: str | None = None) -> bool | str:
+        """Whether the file is one to choose, or why not."""
+        return check_name("ipadapter", ipadapter_name)
 
     def load(self, ipadapter_name: str) -> tuple[Any]:
         """Find the file."""

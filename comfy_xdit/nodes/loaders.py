@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from comfy_xdit.nodes.surroundings import Surroundings, surroundings
+from comfy_xdit.nodes.surroundings import Surroundings, check_name, surroundings
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import WEIGHT_DTYPES, ModelSpec
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from comfy_xdit.remote import Remote
 
 PARALLEL = ("XDIT_PARALLEL", {"tooltip": "From 'xDiT Parallel Config'. Without it: all GPUs."})
-_WEIGHT_DTYPE = (list(WEIGHT_DTYPES), {"tooltip": "default: as in the file on a GPU, fp32 on CPU."})
+WEIGHT_DTYPE = (list(WEIGHT_DTYPES), {"tooltip": "default: as in the file on a GPU, fp32 on CPU."})
 Handle = TypeVar("Handle", bound="Remote")
 
 
@@ -31,7 +31,7 @@ class XDiTLoadPipeline:
         return {
             "required": {
                 "pipeline": (surroundings().names("diffusers"), folder),
-                "weight_dtype": _WEIGHT_DTYPE,
+                "weight_dtype": WEIGHT_DTYPE,
             },
             "optional": {"parallel": PARALLEL},
         }
@@ -76,7 +76,7 @@ class XDiTLoadDiffusionModel:
         return {
             "required": {
                 "unet_name": (surroundings().names("diffusion_models"), file),
-                "weight_dtype": _WEIGHT_DTYPE,
+                "weight_dtype": WEIGHT_DTYPE,
             },
             "optional": {"parallel": PARALLEL},
         }
@@ -85,6 +85,11 @@ class XDiTLoadDiffusionModel:
     def IS_CHANGED(cls, unet_name: str, **_: Any) -> tuple[int, int]:
         """Another file under the same name is another model."""
         return ModelSpec.of(surroundings().path("diffusion_models", unet_name), "transformer").stamp
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, unet_name: str | None = None) -> bool | str:
+        """Whether the file is one to choose, or why not."""
+        return check_name("diffusion_models", unet_name)
 
     def load(
         self, unet_name: str, weight_dtype: str, parallel: ParallelConfig | Automatic | None = None

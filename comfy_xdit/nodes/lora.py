@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from comfy_xdit.nodes.surroundings import Surroundings, surroundings
+from comfy_xdit.nodes.surroundings import Surroundings, check_name, surroundings
 from comfy_xdit.protocol.spec import LoraFile
 
 SHOWN = 5  # names of tensors that match nothing
@@ -43,6 +43,11 @@ class XDiTLoraLoader:
     def IS_CHANGED(cls, lora_name: str, **_: Any) -> tuple[int, int]:
         """Another file under the same name is another LoRA."""
         return LoraFile.of(surroundings().path("loras", lora_name)).stamp
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_name: str | None = None) -> bool | str:
+        """Whether the file is one to choose, or why not."""
+        return check_name("loras", lora_name)
 
     def load(self, model: Any, lora_name: str, strength_model: float) -> dict[str, Any]:
         """Have the ranks check the file; what it changes is shown on the node."""

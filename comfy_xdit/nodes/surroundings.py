@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from comfy_xdit.protocol.errors import NotInTheLoop
+from comfy_xdit.protocol.errors import InvalidInput, NotInTheLoop
 from comfy_xdit.protocol.spec import SAMPLERS
 
 if TYPE_CHECKING:  # the nodes import with nothing but the standard library installed
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the nodes import with nothing but the standard library inst
 # What a person can choose, by the folder of ComfyUI's models/ that it lies in.
 KINDS = {
     "diffusers": "pipeline",
+    "checkpoints": "checkpoint",
     "diffusion_models": "diffusion model",
     "loras": "LoRA",
     "vae": "VAE",
@@ -88,8 +89,15 @@ class Surroundings(Protocol):
 
     # ------------------------------------------------------------------ the graph's types
 
-    def spec_of(self, path: Path, weight_dtype: str) -> ModelSpec:
-        """The diffusion model at `path`, whose class the ranks choose by it. Raises InvalidInput."""
+    def spec_of(self, path: Path, weight_dtype: str, checkpoint: bool = False) -> ModelSpec:
+        """The diffusion model at `path`, whose class the ranks choose by it.
+
+        Args:
+            checkpoint: as a checkpoint loader sees it: by what stands around the model in the file, too.
+
+        Raises:
+            InvalidInput: it is no file of a model that is known here.
+        """
 
     def model_of(self, remote: RemoteModel) -> Any:
         """A MODEL whose transformer is `remote`."""
@@ -99,6 +107,9 @@ class Surroundings(Protocol):
 
     def vae_of(self, remote: RemoteVAE) -> Any:
         """A VAE whose work is done by `remote`."""
+
+    def clip_and_vae(self, spec: ModelSpec) -> tuple[Any, Any]:
+        """The stock CLIP (or None) and VAE in the file of a diffusion model; none of that model's weights."""
 
     def controlnet_of(self, net: RemoteControlNet) -> Any:
         """A CONTROL_NET that is `net`."""
@@ -170,3 +181,18 @@ def surroundings() -> Surroundings:
     if _choose is None:
         raise RuntimeError("the nodes are not bound to their surroundings; load the pack's nodes.py first")
     return _choose()
+
+
+def check_name(kind: str, name: str | None) -> bool | str:
+    """Of a widget's `name`: True, or why it is none of `names(kind)`; None is one that is linked.
+
+    An API prompt can name any file, and a list that lacks it would not say why.
+    """
+    here = surroundings()
+    if name is None or name in here.names(kind):
+        return True
+    try:
+        here.path(kind, name)
+    except InvalidInput as why:
+        return str(why)
+    return f"{name!r} is none of the {KINDS[kind]} files that are listed; press R to read the list again."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_xdit.nodes.loaders import PARALLEL, loaded
-from comfy_xdit.nodes.surroundings import surroundings
+from comfy_xdit.nodes.surroundings import check_name, surroundings
 from comfy_xdit.protocol.parallel import Automatic, ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec
 
@@ -33,6 +33,11 @@ class XDiTLoadVAE:
     def IS_CHANGED(cls, vae_name: str, **_: Any) -> tuple[int, int]:
         """Another file under the same name is another VAE."""
         return ModelSpec.of(surroundings().path("vae", vae_name), "vae").stamp
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, vae_name: str | None = None) -> bool | str:
+        """Whether the file is one to choose, or why not."""
+        return check_name("vae", vae_name)
 
     def load(self, vae_name: str, parallel: ParallelConfig | Automatic | None = None) -> tuple[Any]:
         """Start the ranks if need be, and have them load."""

@@ -185,7 +185,7 @@ def description(spec: ModelSpec, interrupted: Callable[[], bool] | None = None) 
     starts, which goes when other ranks are needed, or stays when one is the plan. The answer is
     remembered as long as the file is the same.
     """
-    chosen_by = f"{spec.configuration} {spec.comfyui or ''}"
+    chosen_by = f"{spec.configuration} {spec.comfyui or ''} {'checkpoint' * spec.checkpoint}"
     key = f"{__version__} {spec.path} {spec.stamp} {spec.weight_dtype} {chosen_by}"
     held = remembered.read(NAME, _check)
     if key in held:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from comfy_xdit.protocol.errors import InvalidInput
+
 META = torch.device("meta")
 _WRITTEN = (torch.tensor, torch.arange, torch.linspace)
+# What comes of reading widths and counts off tensors that no model has: of a missing block, 0 channels ...
+MISFITS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, UnboundLocalError,
+    ValueError,
+)  # fmt: skip
+SAID = 200  # characters of such an error that are shown
 
 
 def on_meta(make: Callable[[], Any]) -> Any:
@@ -21,12 +30,37 @@ def on_meta(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except RuntimeError as error:
-        if "meta tensors" not in str(error):
+        if not asks_for_numbers(error):
             raise
     with _WrittenNumbers():
         model = make()
     model.diffusion_model.to(META)
     return model
+
+
+@contextmanager
+def of_file(path: object) -> Iterator[None]:
+    """Within, what ComfyUI raises of a file whose tensors fit no model is an InvalidInput.
+
+    But for torch's answer to who wants to know a number of a tensor on the meta device.
+    """
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except MISFITS as error:
+        if isinstance(error, RuntimeError) and asks_for_numbers(error):
+            raise
+        said = f"{type(error).__name__}: {error}"[:SAID]
+        raise InvalidInput(
+            f"ComfyUI makes no model of the tensors in {path} ({said}); the file is damaged: download it "
+            "again, or of a variant that this ComfyUI does not know: update ComfyUI."
+        ) from error
+
+
+def asks_for_numbers(error: RuntimeError) -> bool:
+    """Whether it is torch's answer to who wants to know a number of a tensor on the meta device."""
+    return "meta tensors" in str(error)
 
 
 class _WrittenNumbers(TorchFunctionMode):

@@ -23,7 +23,8 @@ MAX_DIGITS = 19  # of an integer: 64 bits
 MAX_INTEGERS = 10 * MAX_TENSORS  # sizes and places
 MAX_LISTS = 20 * MAX_TENSORS  # two of each tensor, and brackets in what trainers note in __metadata__
 MAX_EMPTY = 1 << 24  # product of the other sizes of a tensor that has no element: no file bounds it
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", ".sft")
+PICKLES = (".ckpt", ".pt", ".pt2", ".pth", ".pkl", ".bin")
 # Bits of an element by dtype, all that safetensors 0.8 knows.
 BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
@@ -49,8 +50,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         InvalidInput: there is no such file, it is a pickle or no regular file, its header is damaged,
             is not the one of these bytes, or is beyond the limits.
     """
-    if file.suffix in PICKLES:
-        raise InvalidInput(f"{file.name} is a pickle file, which can run code; {how_to_convert()}")
+    refuse_pickle(file)
     with open_regular(file, "a safetensors file") as (stream, size):
         start = stream.read(8)
         if start.startswith(b"GGUF"):
@@ -82,6 +82,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 "download it again."
             ) from error
     return tensors
+
+
+def check_suffix(file: Path) -> None:
+    """Raise InvalidInput for a file whose name says that it is of another format."""
+    refuse_pickle(file)
+    if file.suffix.lower() not in SUFFIXES:
+        raise InvalidInput(
+            f"{file.name} is no safetensors file by its name; choose one that ends in {', '.join(SUFFIXES)}."
+        )
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raise InvalidInput for a file whose name says that it is a pickle."""
+    if file.suffix.lower() in PICKLES:
+        raise InvalidInput(f"{file.name} is a pickle file, which can run code; {how_to_convert()}")
 
 
 def how_to_convert() -> str:

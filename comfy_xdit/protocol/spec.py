@@ -72,6 +72,8 @@ class ModelSpec:
         comfyui: the host's, whose own class a transformer may have; None is diffusers' class.
         configuration: ComfyUI's name of the model, whose diffusers class is taken where the ranks have one;
             "" is ComfyUI's own class, whatever they have.
+        checkpoint: it is a whole checkpoint, read as ComfyUI's checkpoint loader reads it: what stands around
+            the transformer's weights counts too.
     """
 
     path: str
@@ -80,6 +82,7 @@ class ModelSpec:
     stamp: tuple[int, int] = (0, 0)
     comfyui: HostComfyUI | None = None
     configuration: str = ""
+    checkpoint: bool = False
 
     @classmethod
     def of(
@@ -89,6 +92,7 @@ class ModelSpec:
         weight_dtype: str = "default",
         comfyui: HostComfyUI | None = None,
         configuration: str = "",
+        checkpoint: bool = False,
     ) -> ModelSpec:
         """Describe what is at `path` now.
 
@@ -106,12 +110,13 @@ class ModelSpec:
             )
         path = Path(path)
         check_there(path, "a model that exists")
-        return cls(str(path.absolute()), kind, weight_dtype, _stamp(path), comfyui, configuration)
+        stamp = _stamp(path)
+        return cls(str(path.absolute()), kind, weight_dtype, stamp, comfyui, configuration, checkpoint)
 
     def check(self) -> None:
         """Raise InvalidInput if what is at the path is no longer what it was."""
-        now = ModelSpec.of(self.path, self.kind, self.weight_dtype, self.comfyui, self.configuration)
-        if now != self:
+        check_there(Path(self.path), "a model that exists")
+        if _stamp(Path(self.path)) != self.stamp:
             raise InvalidInput(changed(self.path))
 
 

@@ -57,7 +57,7 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
     cli_args.args.cpu = True
     folder_paths = importlib.import_module("folder_paths")
     models = tmp_path_factory.mktemp("models")
-    for kind in ("controlnet", "diffusion_models", "diffusers", "loras", "vae"):
+    for kind in ("checkpoints", "controlnet", "diffusion_models", "diffusers", "loras", "vae"):
         (models / kind).mkdir()
         folder_paths.add_model_folder_path(kind, str(models / kind))
     nodes = importlib.import_module("nodes")

@@ -11,6 +11,7 @@ from tests.test_surroundings import lacking
 
 NODES = {
     "XDiTParallelConfig": ("XDIT_PARALLEL",),
+    "XDiTLoadCheckpoint": ("MODEL", "CLIP", "VAE"),
     "XDiTLoadPipeline": ("MODEL", "CLIP", "VAE"),
     "XDiTLoadDiffusionModel": ("MODEL",),
     "XDiTLoraLoader": ("MODEL",),

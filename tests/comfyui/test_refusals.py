@@ -163,8 +163,8 @@ def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
 
 
 def test_files_that_are_no_models_are_refused(comfyui, tmp_path):
+    from comfy_xdit.comfy_types.model.detection import read_header, transformer_files
     from comfy_xdit.comfy_types.model.residuals import _stored
-    from comfy_xdit.comfy_types.model.twin import read_header, transformer_files
 
     with pytest.raises(InvalidInput, match=r"no \.safetensors file in .*choose a diffusers folder"):
         transformer_files(tmp_path)

@@ -48,12 +48,12 @@ class ComfyUITransformer:
     def __init__(self, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
         self._groups, self._degrees, self._path = groups, degrees, spec.path
         self._checkpoint = open_file(spec.path)
-        self._weight_dtype = spec.weight_dtype
+        self._weight_dtype, self._whole = spec.weight_dtype, spec.checkpoint
         self._detected = self._detect()
         self._patched: PatchedComfyUI | None = None
         self._pictures: torch.Tensor | None = None  # of the last call that had any
         self.stage: Stage | None = None  # once it is loaded
-        self._layout = ComfyUILayout(self.name, spec, groups, degrees)
+        self._layout = ComfyUILayout(self.name, self._detected.config.unet_config, spec, groups, degrees)
         self._traits = self._layout.traits
         self._layout.check()
         _ = self._own_outline  # no layout has more stages than it has blocks
@@ -144,7 +144,9 @@ class ComfyUITransformer:
         ).plain()
 
     def _detect(self) -> Detected:
-        return detect(self._checkpoint, self._path, self._weight_dtype, self._groups.device)
+        return detect(
+            self._checkpoint, self._path, self._weight_dtype, self._groups.device, whole=self._whole
+        )
 
     # ------------------------------------------------------------------ weights
 
@@ -320,8 +322,8 @@ class ComfyUITransformer:
 
 
 def _first(config: dict[str, Any], names: Sequence[str]) -> int | None:
-    """The first of these that a configuration says."""
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+    """The first of these that a configuration says; -1 there is to be worked out of others."""
+    return next((n for n in map(config.get, names) if isinstance(n, int) and n > 0), None)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -41,7 +41,7 @@ class Transformer:
     def __init__(self, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
         self._groups, self._path = groups, spec.path
         folder = _model_folder(Path(spec.path))
-        checkpoint = Checkpoint.at(folder)
+        checkpoint = Checkpoint.at(folder, transformer=True)
         self.family: ModelFamily = detect(folder, checkpoint.shapes, spec.path)
         self.config = self._config(checkpoint, folder)
         self.latent = self.family.latent(self.config)

@@ -18,8 +18,10 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
-from comfy_xdit.comfy_types.model.twin import META, emptied, read_header, transformer_files
+from comfy_xdit.comfy_types.model.detection import read_header, transformer_files
+from comfy_xdit.comfy_types.model.twin import emptied
 from comfy_xdit.protocol.description import LatentSpace, ModelDescription, PromptPart
+from comfy_xdit.protocol.outline import META
 
 NO_TRANSFORMER = {"disable_unet_model_creation": True}  # of ComfyUI's BaseModel: one is put in its place
 TYPES = {

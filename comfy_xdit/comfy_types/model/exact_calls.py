@@ -13,7 +13,7 @@ from comfy_xdit.comfy_types.interruption import interrupted, interruptible, rais
 from comfy_xdit.comfy_types.model.controlnet import NETS
 from comfy_xdit.comfy_types.model.options import plain_options
 from comfy_xdit.comfy_types.model.original import ORIGINAL
-from comfy_xdit.comfy_types.model.residuals import residuals
+from comfy_xdit.comfy_types.model.residuals import OF_CLASSES, residuals
 from comfy_xdit.protocol.description import ModelDescription
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteModel
@@ -64,7 +64,7 @@ def _forward(
                 f"{of_class} runs in ComfyUI's own; use a stock ControlNet loader and "
                 "'Apply ControlNet'."
             )
-        control = residuals(given.pop("control", None))
+        control = residuals(given.pop("control", None), OF_CLASSES)
         conditions = given | {OPTIONS: plain_options(options)}
         _refuse_empty([x, timestep, conditions], of_class)
         raise_if_interrupted()

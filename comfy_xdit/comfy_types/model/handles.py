@@ -36,7 +36,7 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     described = remote.described()
     dtypes = _dtype(described.dtype), _dtype(described.manual_cast)
     if described.twin is None:
-        twin = build_twin(remote.spec.path, *dtypes)
+        twin = build_twin(remote.spec.path, *dtypes, remote.spec.checkpoint)
     else:
         twin = described_twin(remote.spec.path, described, *dtypes)
     setattr(twin, HANDLE, remote)

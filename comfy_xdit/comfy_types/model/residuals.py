@@ -22,16 +22,19 @@ from comfy_xdit.protocol.spec import changed
 
 # Lists by where a transformer adds them. Which of them a family reads, its file in the ranks says.
 PLACES = ("input", "output")
+OF_CLASSES = (*PLACES, "middle")  # what ComfyUI's own classes read, U-Nets among them
 # Layers of SD3 whose weights a ControlNet for SD3.5 takes over from the model it is used with.
 EMBEDDERS = ("x_embedder", "y_embedder")
 Stamp = tuple[int, int] | None  # size in bytes and modification time in ns; None where no file is
 
 
-def residuals(control: Mapping[str, Any] | None) -> dict[str, list[torch.Tensor | None]] | None:
+def residuals(
+    control: Mapping[str, Any] | None, places: tuple[str, ...] = PLACES
+) -> dict[str, list[torch.Tensor | None]] | None:
     """The residuals of one call by place, or None when there are none.
 
     Raises:
-        InvalidInput: the control says something else than residuals on image tokens.
+        InvalidInput: the control says something else than residuals at `places`.
     """
     if not control:
         return None
@@ -39,10 +42,10 @@ def residuals(control: Mapping[str, Any] | None) -> dict[str, list[torch.Tensor 
     for place, given in control.items():
         if not given:
             continue
-        if place not in PLACES or not isinstance(given, (list, tuple)) or not all(map(_residual, given)):
+        if place not in places or not isinstance(given, (list, tuple)) or not all(map(_residual, given)):
             raise InvalidInput(
                 f"a ControlNet gives {place!r} to the transformer, of which the ranks know nothing (they "
-                f"take tensors under {' and '.join(PLACES)}). Remove the ControlNet node, or use the stock "
+                f"take tensors under {' and '.join(places)}). Remove the ControlNet node, or use the stock "
                 "loader instead of the xDiT one."
             )
         found[place] = list(given)

@@ -10,134 +10,66 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import comfy.model_detection
 import comfy.ops
-import comfy.utils
 import torch
-from safetensors import safe_open
 
+from comfy_xdit.comfy_types.model.detection import Detected, detect, transformer_files
 from comfy_xdit.comfy_types.model.residuals import lend_embedders
 from comfy_xdit.comfy_types.model.weights import take_away
-from comfy_xdit.protocol import gguf_header, safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.outline import META, on_meta
+from comfy_xdit.protocol.outline import META, asks_for_numbers, of_file, on_meta
 
-Tensors = dict[str, torch.Tensor]
-# What ComfyUI's detection raises where a file is not what it takes it for.
-_MISFITS = (
-    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, UnboundLocalError,
-)  # fmt: skip
-# Names in the headers of safetensors and GGUF. What is not here (packed formats) has bytes for elements.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
+TRANSFORMER = "diffusion_model"  # its name in a BaseModel
 
 
-def build_twin(path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | None = None) -> Any:
+def build_twin(
+    path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | None = None, checkpoint: bool = False
+) -> Any:
     """ComfyUI's BaseModel for the transformer at `path`, on the meta device.
 
     Args:
         path: a safetensors or GGUF file, a diffusers transformer folder, or a pipeline that has one.
         dtype: what ComfyUI casts the transformer's inputs to, unless there is a `manual_cast`.
+        checkpoint: as ComfyUI's checkpoint loader builds it: what it predicts may stand around it there.
 
     Raises:
-        InvalidInput: this ComfyUI does not know the family, or the file is no safetensors file.
+        InvalidInput: this ComfyUI does not know the family, or the file is damaged.
     """
-    config, shapes = detect(Path(path))
-    config.set_inference_dtype(dtype, manual_cast)
-    config.custom_operations = _twin_operations()
-    twin = emptied(on_meta(lambda: config.get_model(dict(shapes), "", device=META)))
+
+    def built(detected: Detected) -> Any:
+        config = detected.config
+        config.set_inference_dtype(dtype, manual_cast)
+        config.custom_operations = _twin_operations()
+        with of_file(path):
+            return on_meta(lambda: config.get_model(dict(detected.given), detected.prefix, device=META))
+
+    try:
+        twin = built(detect(Path(path), checkpoint))
+    except RuntimeError as error:
+        if not asks_for_numbers(error):
+            raise
+        twin = built(detect(Path(path), checkpoint, numbers=True))
+    emptied(twin)
     lend_embedders(twin.diffusion_model, transformer_files(Path(path)))
     return twin
 
 
 def emptied(twin: Any) -> Any:
     """A BaseModel without the numbers of its weights, and without need of memory."""
+    _keep_copies(twin)
     # Shared by all clones. Nothing of this model needs the host's memory, and a host without any
     # free still gets positive and negative in one call.
     twin.memory_required = lambda *_, **__: 0
     twin.state_dict_for_saving = _refuse_saving
-    take_away(twin, "diffusion_model")
+    take_away(twin, TRANSFORMER)
     return twin
 
 
-def transformer_files(path: Path) -> list[Path]:
-    """The file at `path`, or the shards in a diffusers folder or a pipeline."""
-    if path.is_file():
-        return [path]
-    folder = path / "transformer" if (path / "model_index.json").is_file() else path
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InvalidInput(
-            f"no .safetensors file in {folder}; choose a diffusers folder with a transformer in safetensors."
-        )
-    return files
-
-
-def read_header(file: Path) -> dict[str, torch.Tensor]:
-    """Meta tensors by name; reads the header of a safetensors or GGUF file and none of its weights.
-
-    Raises:
-        InvalidInput: it is neither, or damaged.
-    """
-    gguf = gguf_header.is_gguf(file)
-    stored = gguf_header.read_header(file).tensors if gguf else safetensors_header.read_header(file)
-    other = torch.float16 if gguf else torch.uint8  # a packed weight of GGUF has the shape it unpacks to
-    return {
-        name: torch.empty(tensor.shape, dtype=DTYPES.get(tensor.dtype, other), device=META)
-        for name, tensor in stored.items()
-    }
-
-
-def detect(path: Path) -> tuple[Any, Tensors]:
-    """ComfyUI's model configuration for the transformer at `path`, and meta tensors in ComfyUI's naming.
-
-    Raises:
-        InvalidInput: this ComfyUI does not know the family, or the file is no safetensors file.
-    """
-    tensors: Tensors = {}
-    metadata: dict[str, str] = {}
-    for file in transformer_files(path):
-        tensors |= read_header(file)
-        if not gguf_header.is_gguf(file):
-            with safe_open(file, framework="pt") as stored:
-                metadata |= stored.metadata() or {}
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
-    tensors = inner or tensors
-    try:
-        config, tensors = _config(tensors, metadata)
-    except _MISFITS as error:
-        raise InvalidInput(
-            f"{path} has some of what this ComfyUI knows a model by, and not the rest "
-            f"({type(error).__name__}: {error}); the file is incomplete or damaged: download it again."
-        ) from error
-    if config is None:
-        raise InvalidInput(
-            f"this ComfyUI does not recognise the diffusion model in {path}; "
-            "update ComfyUI, or choose a model of a family it knows."
-        )
-    return config, tensors
-
-
-def _config(tensors: Tensors, metadata: dict[str, str]) -> tuple[Any, Tensors]:
-    detection = comfy.model_detection
-    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
-    known = {"metadata": metadata} if hasattr(comfy.utils, "convert_old_quants") else {}
-    config = detection.model_config_from_unet(tensors, "", **known)
-    if config is None:
-        converted = detection.convert_diffusers_mmdit(dict(tensors), "")
-        config = detection.model_config_from_unet(converted, "") if converted else None
-        tensors = converted or tensors
-    return config, tensors
+def _keep_copies(twin: torch.nn.Module) -> None:
+    """Have nothing of the twin lie in the memory map of a file, which may be cut off under it."""
+    for name, parameter in twin.named_parameters():
+        if not name.startswith(TRANSFORMER):
+            parameter.data = parameter.data.clone()
 
 
 def _twin_operations() -> type:

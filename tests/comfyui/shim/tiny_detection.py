@@ -13,6 +13,7 @@ from importlib.abc import MetaPathFinder
 
 MARK = "tiny_size:"
 PARTS = "parts"  # of a size: classes, by module and name, and what they are told
+PUBLISHED = "published"  # of a size: what the configuration is known by, instead of what it says otherwise
 
 
 def key(size):
@@ -54,7 +55,8 @@ def _reading_sizes(original):
         if config is not None:
             told = _told(state_dict)
             _build_small(told.pop(PARTS, {}))
-            config |= told
+            published = told.pop(PUBLISHED, {})
+            config |= told | published
         return config
 
     return detect
@@ -66,7 +68,10 @@ def _keeping_sizes(original):
     def of_config(unet_config, state_dict=None, *args, **kwargs):
         config = original(unet_config, state_dict, *args, **kwargs)
         if config is not None:
-            config.unet_config |= {name: size for name, size in _told(state_dict).items() if name != PARTS}
+            told = _told(state_dict)
+            config.unet_config |= {
+                name: size for name, size in told.items() if name not in (PARTS, PUBLISHED)
+            }
         return config
 
     return of_config

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.outline import META, on_meta
-from worker.models.comfyui.detection import MISFITS, Detected, misfit, named
+from comfy_xdit.protocol.outline import META, of_file, on_meta
+from worker.models.comfyui.detection import Detected, named
 from worker.models.comfyui.formats import MADE_BY_LAYERS, fill_layers, make_weights
 
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
 LARGE = 65_536  # elements
+# Containers that are never called: their owner calls what they hold, one after the other.
+UNCALLED = ("TimestepEmbedSequential",)
 
 
 def outline(detected: Detected, path: str) -> Any:
@@ -28,9 +30,8 @@ def outline(detected: Detected, path: str) -> Any:
     config = detected.config
     before, config.custom_operations = config.custom_operations, comfy.ops.disable_weight_init
     try:
-        return on_meta(lambda: config.get_model(dict(detected.tensors), "", device=META))
-    except MISFITS as error:
-        raise misfit(path, error) from error
+        with of_file(path):
+            return on_meta(lambda: detected.model(META))
     finally:
         config.custom_operations = before
 
@@ -51,7 +52,7 @@ def build(detected: Detected, device: torch.device, without_memory: bool = False
         without_memory: large parameters are on the meta device.
     """
     with _large_on_meta() if without_memory else _as_built():
-        model = detected.config.get_model(dict(detected.tensors), "", device=device)
+        model = detected.model(device)
     return _packed(model.diffusion_model, detected).eval().requires_grad_(False)
 
 
@@ -152,19 +153,23 @@ def blocks(module: nn.Module) -> list[str]:
 
     A list in which something is no module to be called is looked into.
     """
+
+    def is_list(child: nn.Module) -> bool:
+        return isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child).__name__ in UNCALLED
+
     found: list[str] = []
 
     def search(owner: nn.Module, prefix: str) -> None:
         for name, child in owner.named_children():
             path = f"{prefix}{name}"
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            if is_list(child):
                 search_list(child, path)
             else:
                 search(child, f"{path}.")
 
     def search_list(held: nn.Module, path: str) -> None:
         for name, child in held.named_children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            if is_list(child):
                 search_list(child, f"{path}.{name}")
             elif any(True for _ in child.parameters()):
                 found.append(f"{path}.{name}")

@@ -17,6 +17,7 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.gguf_header import is_gguf
+from comfy_xdit.protocol.outline import MISFITS, of_file
 from worker.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
@@ -32,11 +33,6 @@ DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
 }
 MAX_SAID = 10_000  # bytes in which a layer says its format
-# What ComfyUI's code raises where a file is not what it takes it for.
-MISFITS = (
-    RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
-    UnboundLocalError,
-)  # fmt: skip
 FAST = "_fast"  # of a weight_dtype: multiplies in fp8 where the device can
 
 
@@ -46,7 +42,9 @@ class Detected:
 
     Args:
         config: ComfyUI's model configuration, its dtypes set.
-        tensors: views of the file, without prefix and in ComfyUI's naming.
+        tensors: of the transformer, views of the file, without prefix and in ComfyUI's naming.
+        given: what ComfyUI builds its model from: `tensors`, or a whole checkpoint.
+        prefix: of the transformer in `given`.
         dtype: of the weights; `manual_cast` is what is computed in where it is another.
         quantised: whether layers carry a format of their own (scaled fp8, mixed precision).
         packed: whether weights stay packed, as those of a GGUF file do (PackedWeight).
@@ -54,27 +52,42 @@ class Detected:
 
     config: Any
     tensors: Tensors
+    given: Tensors
+    prefix: str
     dtype: torch.dtype
     manual_cast: torch.dtype | None
     quantised: bool
     packed: bool = False
 
+    def model(self, device: torch.device) -> Any:
+        """ComfyUI's BaseModel on `device`, its weights not read."""
+        return self.config.get_model(dict(self.given), self.prefix, device=device)
+
 
 def open_file(path: str) -> Checkpoint | GGUFFile:
-    """The file of a diffusion model.
+    """The file of a diffusion model, or of a whole checkpoint, of which only that is read.
 
     Raises:
         InvalidInput: it is damaged, or of a kind that is not read.
     """
     if not is_gguf(Path(path)):
-        return Checkpoint([Path(path)], quantised=True)
+        return Checkpoint([Path(path)], quantised=True, transformer=True)
     from worker.models.comfyui.gguf_file import GGUFFile  # which needs a package that no other file does
 
     return GGUFFile(Path(path))
 
 
-def detect(checkpoint: Checkpoint | GGUFFile, path: str, weight_dtype: str, device: torch.device) -> Detected:
+def detect(
+    checkpoint: Checkpoint | GGUFFile,
+    path: str,
+    weight_dtype: str,
+    device: torch.device,
+    whole: bool = False,
+) -> Detected:
     """Read the names and shapes of a file with ComfyUI's detection.
+
+    Args:
+        whole: as its checkpoint loader reads the transformer in a checkpoint; else as UNETLoader does.
 
     Raises:
         InvalidInput: this ComfyUI does not know the model, or not the format of its weights.
@@ -85,37 +98,47 @@ def detect(checkpoint: Checkpoint | GGUFFile, path: str, weight_dtype: str, devi
             f"weight_dtype {weight_dtype} does not go with {Path(path).name}, whose weights are packed; "
             "set weight_dtype to default, bf16 or fp16: what they are unpacked to."
         )
-    tensors, metadata = _without_prefix(checkpoint, path)
-    # Of the file: a name in diffusers' spelling is converted, which writes new tensors.
-    count, stored = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
-    try:
-        config, tensors = _config(tensors, metadata)
-    except MISFITS as error:
-        raise misfit(path, error) from error
+    see = _in_checkpoint if whole else _alone
+    with of_file(path):
+        config, given, prefix, count, stored = see(checkpoint, path)
     if config is None:
         said = f" (architecture {checkpoint.architecture!r})" if packed else ""
         raise InvalidInput(
             f"this ComfyUI does not recognise the diffusion model in {path}{said}; "
             "update ComfyUI, or choose a model of a family it knows."
         )
+    tensors = _below(given, prefix)
     quantised = any(vars(config).get(mark) is not None for mark in ("quant_config", "scaled_fp8"))
     stored = None if quantised or packed else stored
     dtype, manual_cast = _dtypes(config, count, stored, weight_dtype, device)
-    return Detected(config, tensors, dtype, manual_cast, quantised, packed)
-
-
-def misfit(path: str, error: Exception) -> InvalidInput:
-    """What to say of a file in which ComfyUI finds a model, and then not all that makes it one."""
-    said = f"{type(error).__name__}: {error}"
-    return InvalidInput(
-        f"{path} has some of what this ComfyUI knows a model by, and not the rest ({said[:200]}); the file "
-        "is incomplete, damaged, or of a variant that needs another ComfyUI."
-    )
+    return Detected(config, tensors, given, prefix, dtype, manual_cast, quantised, packed)
 
 
 def named(detected: Detected) -> Tensors:
     """Its tensors under the names of ComfyUI's class."""
     return detected.config.process_unet_state_dict(dict(detected.tensors))
+
+
+# A configuration or None, what it was found in, the transformer's prefix there, how many numbers the
+# transformer has, and the dtype most are stored in.
+Seen = tuple[Any, Tensors, str, int, torch.dtype]
+
+
+def _in_checkpoint(checkpoint: Checkpoint, path: str) -> Seen:
+    tensors, metadata = checkpoint.views()
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    counted = comfy.utils.calculate_parameters(tensors, prefix), comfy.utils.weight_dtype(tensors, prefix)
+    tensors, metadata = _current_format(tensors, metadata, path, prefix)
+    config = comfy.model_detection.model_config_from_unet(tensors, prefix, metadata=metadata)
+    return config, tensors, prefix, *counted
+
+
+def _alone(checkpoint: Checkpoint | GGUFFile, path: str) -> Seen:
+    tensors, metadata = _without_prefix(checkpoint, path)
+    # Of the file: a name in diffusers' spelling is converted, which writes new tensors.
+    counted = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
+    config, tensors = _config(tensors, metadata)
+    return config, tensors, "", *counted
 
 
 def kept_bytes(detected: Detected, tensors: Iterable[torch.Tensor]) -> int:
@@ -144,16 +167,22 @@ def _is_packed(tensor: torch.Tensor) -> bool:
 def _without_prefix(checkpoint: Checkpoint | GGUFFile, path: str) -> tuple[Tensors, dict[str, str]]:
     tensors, metadata = checkpoint.views()
     tensors, metadata = _current_format(tensors, metadata, path)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
+    inner = _below(tensors, comfy.model_detection.unet_prefix_from_state_dict(tensors))
     return _current_format(inner, metadata, path) if inner else (tensors, metadata)
 
 
-def _current_format(tensors: Tensors, metadata: dict[str, str], path: str) -> tuple[Tensors, dict[str, str]]:
-    """Quantised layers in the one spelling that ComfyUI's operations read."""
+def _below(tensors: Tensors, prefix: str) -> Tensors:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _current_format(
+    tensors: Tensors, metadata: dict[str, str], path: str, prefix: str = ""
+) -> tuple[Tensors, dict[str, str]]:
+    """Quantised layers, below `prefix`, in the one spelling that ComfyUI's operations read."""
     if _converts_formats():
         try:
-            tensors, metadata = comfy.utils.convert_old_quants(tensors, "", metadata=metadata)
+            tensors, metadata = comfy.utils.convert_old_quants(tensors, prefix, metadata=metadata)
             _check_formats(tensors, path)
         except MISFITS as error:
             if isinstance(error, InvalidInput):
@@ -163,7 +192,8 @@ def _current_format(tensors: Tensors, metadata: dict[str, str], path: str) -> tu
                 f"({type(error).__name__}: {error}); download it again."
             ) from error
         return tensors, metadata
-    if "_quantization_metadata" in metadata or any(name.endswith(".comfy_quant") for name in tensors):
+    marked = any(name.startswith(prefix) and name.endswith(".comfy_quant") for name in tensors)
+    if marked or "_quantization_metadata" in metadata:
         raise InvalidInput(
             f"{path} holds quantised layers (_quantization_metadata), which this ComfyUI loads without their "
             "scales; update ComfyUI, or choose the fp16, bf16 or scaled fp8 file of the model."

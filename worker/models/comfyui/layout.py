@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,13 +22,16 @@ class ComfyUILayout:
     """Of one file, whose class is called `name`.
 
     Args:
+        config: what the class is built with.
         degrees: asked for; a layout that is only asked about has others than `groups`.
     """
 
-    def __init__(self, name: str, spec: ModelSpec, groups: RankGroups, degrees: Degrees):
+    def __init__(
+        self, name: str, config: Mapping[str, Any], spec: ModelSpec, groups: RankGroups, degrees: Degrees
+    ):
         self._name, self._spec, self._groups, self._degrees = name, spec, groups, degrees
         self._file = Path(spec.path).name
-        self.traits = traits_of(name)
+        self.traits = traits_of(name, config)
         self.plan: Plan | None = None  # where it is proven, and the layout needs one
 
     @property

@@ -302,4 +302,9 @@ PLANS: dict[str, Plan | tuple[Plan, ...]] = {
     **comfyui_other.PLANS,
 }
 # Why Ulysses and Ring do not spread a class, where that is not for want of a plan.
-REASONS: dict[str, str] = {**comfyui_image.REASONS, **comfyui_video.REASONS, **comfyui_other.REASONS}
+REASONS: dict[str, str] = {
+    "UNetModel": "it is a U-Net, which has no tokens: its convolutions see the whole picture",
+    **comfyui_image.REASONS,
+    **comfyui_video.REASONS,
+    **comfyui_other.REASONS,
+}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Traits:
     """What holds for most classes, where nothing else is said.
 
     Args:
+        video: entries of a configuration that, where one is set, make the rows of a call frames of a video.
         forget: its method that drops what it keeps from call to call, for the same weights and pictures; ""
             keeps nothing.
         pictures: the argument of such a class whose tensor it compares by identity with the last call's.
@@ -35,6 +37,7 @@ class Traits:
     """
 
     rows: Rows = Rows.APART
+    video: tuple[str, ...] = ()
     forget: str = ""
     pictures: str = ""
     around: tuple[str, ...] = ("preprocess_text_embeds",)
@@ -75,9 +78,12 @@ TRAITS: dict[str, Traits] = {
     "MiniMaxH3Model": Traits(remade=("minimax_payload.layout",)),
     # It looks up which rows are of which prompt.
     "Trellis2": Traits(Rows.TOGETHER),
+    "UNetModel": Traits(video=("use_temporal_resblock", "use_temporal_attention"), text_tokens=77),
 }
 
 
-def traits_of(name: str) -> Traits:
-    """Of a class of ComfyUI's, by its name."""
-    return TRAITS.get(name, Traits())
+def traits_of(name: str, config: Mapping[str, Any] | None = None) -> Traits:
+    """Of a class of ComfyUI's, by its name, and where given by what the class is built with."""
+    traits = TRAITS.get(name, Traits())
+    is_video = any((config or {}).get(entry) for entry in traits.video)
+    return replace(traits, rows=Rows.TOGETHER) if is_video else traits
