@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from comfy_xdit.protocol.errors import InvalidInput
+
 META = torch.device("meta")
 _WRITTEN = (torch.tensor, torch.arange, torch.linspace)
+# What comes of reading widths and counts off tensors that no model has: of a missing block, 0 channels ...
+_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def on_meta(make: Callable[[], Any]) -> Any:
@@ -27,6 +32,20 @@ def on_meta(make: Callable[[], Any]) -> Any:
         model = make()
     model.diffusion_model.to(META)
     return model
+
+
+@contextmanager
+def of_file(path: object) -> Iterator[None]:
+    """Within, what ComfyUI raises of a file whose tensors fit no model is an InvalidInput."""
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except _MISFITS as error:
+        raise InvalidInput(
+            f"ComfyUI makes no model of the tensors in {path} ({type(error).__name__}: {error}); the file is "
+            "damaged: download it again, or of a variant that this ComfyUI does not know: update ComfyUI."
+        ) from error
 
 
 class _WrittenNumbers(TorchFunctionMode):

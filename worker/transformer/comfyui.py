@@ -56,14 +56,14 @@ class ComfyUITransformer:
     @cached_property
     def _outline(self) -> Any:
         """ComfyUI's BaseModel of the file, without memory."""
-        return outline(self._detect())
+        return outline(self._detect(), self._path)
 
     @cached_property
     def _own_outline(self) -> nn.Module:
         """Of what this rank has of it."""
         if self._degrees.stages == 1:
             return self._outline.diffusion_model
-        own = outline(self._detect()).diffusion_model
+        own = outline(self._detect(), self._path).diffusion_model
         self._layout.take_own(own)
         return own
 

@@ -20,7 +20,7 @@ from comfy_xdit.comfy_types.model.residuals import lend_embedders
 from comfy_xdit.comfy_types.model.weights import take_away
 from comfy_xdit.protocol import safetensors_header
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.outline import META, on_meta
+from comfy_xdit.protocol.outline import META, of_file, on_meta
 
 Tensors = dict[str, torch.Tensor]
 # Names of safetensors headers. What is not here (packed formats) has bytes for elements.
@@ -50,7 +50,8 @@ def build_twin(path: str | Path, dtype: torch.dtype, manual_cast: torch.dtype | 
     config, shapes = detect(Path(path))
     config.set_inference_dtype(dtype, manual_cast)
     config.custom_operations = _twin_operations()
-    twin = on_meta(lambda: config.get_model(dict(shapes), "", device=META))
+    with of_file(path):
+        twin = on_meta(lambda: config.get_model(dict(shapes), "", device=META))
     # Shared by all clones. Nothing of this model needs the host's memory, and a host without any
     # free still gets positive and negative in one call.
     twin.memory_required = lambda *_, **__: 0
@@ -97,10 +98,11 @@ def detect(path: Path) -> tuple[Any, Tensors]:
         tensors |= read_header(file)
         with safe_open(file, framework="pt") as stored:
             metadata |= stored.metadata() or {}
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
-    tensors = inner or tensors
-    config, tensors = _config(tensors, metadata)
+    with of_file(path):
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+        inner = comfy.utils.state_dict_prefix_replace(dict(tensors), {prefix: ""}, filter_keys=True)
+        tensors = inner or tensors
+        config, tensors = _config(tensors, metadata)
     if config is None:
         raise InvalidInput(
             f"this ComfyUI does not recognise the diffusion model in {path}; "

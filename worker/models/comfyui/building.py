@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.protocol.outline import META, on_meta
+from comfy_xdit.protocol.outline import META, of_file, on_meta
 from worker.models.comfyui.detection import Detected, Tensors, named
 
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
@@ -20,12 +20,17 @@ LARGE = 65_536  # elements
 MADE_BY_LAYERS = (".scale_weight", ".scale_input")
 
 
-def outline(detected: Detected) -> Any:
-    """ComfyUI's BaseModel of the file with plain layers and no memory: names and shapes."""
+def outline(detected: Detected, path: str) -> Any:
+    """ComfyUI's BaseModel of the file with plain layers and no memory: names and shapes.
+
+    Raises:
+        InvalidInput: its tensors fit no model.
+    """
     config = detected.config
     before, config.custom_operations = config.custom_operations, comfy.ops.disable_weight_init
     try:
-        return on_meta(lambda: config.get_model(dict(detected.tensors), "", device=META))
+        with of_file(path):
+            return on_meta(lambda: config.get_model(dict(detected.tensors), "", device=META))
     finally:
         config.custom_operations = before
 
@@ -61,6 +66,9 @@ def fill(module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[s
     """
     tensors = named(detected)
     left = {name: tensors.pop(name) for name in elsewhere if name in tensors}
+    if detected.quantised and any(parameter.is_cpu for parameter in module.parameters()):
+        # Layers in formats of their own take tensors as they are, and a view changes with its file.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
         missing, _ = module.load_state_dict(tensors, strict=False)
     except (RuntimeError, ValueError, KeyError) as error:  # ComfyUI's words for what does not fit

@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.outline import of_file
 from worker.checkpoints import Checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -50,17 +51,11 @@ def detect(checkpoint: Checkpoint, path: str, weight_dtype: str, device: torch.d
     Raises:
         InvalidInput: this ComfyUI does not know the model, or not the format of its weights.
     """
-    tensors, metadata = _without_prefix(checkpoint, path)
-    # Of the file: a name in diffusers' spelling is converted, which writes new tensors.
-    count, stored = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
-    detection = comfy.model_detection
-    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
-    known = {"metadata": metadata} if _converts_formats() else {}
-    config = detection.model_config_from_unet(tensors, "", **known)
-    if config is None:
-        converted = detection.convert_diffusers_mmdit(tensors, "")
-        config = detection.model_config_from_unet(converted, "") if converted else None
-        tensors = converted
+    with of_file(path):
+        tensors, metadata = _without_prefix(checkpoint, path)
+        # Of the file: a name in diffusers' spelling is converted, which writes new tensors.
+        count, stored = comfy.utils.calculate_parameters(tensors), comfy.utils.weight_dtype(tensors)
+        config, tensors = _config(tensors, metadata)
     if config is None:
         raise InvalidInput(
             f"this ComfyUI does not recognise the diffusion model in {path}; "
@@ -69,6 +64,17 @@ def detect(checkpoint: Checkpoint, path: str, weight_dtype: str, device: torch.d
     quantised = any(vars(config).get(mark) is not None for mark in ("quant_config", "scaled_fp8"))
     dtype, manual_cast = _dtypes(config, count, None if quantised else stored, weight_dtype, device)
     return Detected(config, tensors, dtype, manual_cast, quantised)
+
+
+def _config(tensors: Tensors, metadata: dict[str, str]) -> tuple[Any, Tensors]:
+    detection = comfy.model_detection
+    # The loader of ComfyUI 0.3.64 does not hand the metadata on.
+    known = {"metadata": metadata} if _converts_formats() else {}
+    config = detection.model_config_from_unet(tensors, "", **known)
+    if config is not None:
+        return config, tensors
+    converted = detection.convert_diffusers_mmdit(tensors, "")
+    return (detection.model_config_from_unet(converted, "") if converted else None), converted
 
 
 def named(detected: Detected) -> Tensors:
