@@ -68,7 +68,8 @@ def fill(module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[s
     left = {name: tensors.pop(name) for name in elsewhere if name in tensors}
     if detected.quantised and any(parameter.is_cpu for parameter in module.parameters()):
         # Layers in formats of their own take tensors as they are, and a view changes with its file.
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        layers = dict(module.named_modules())  # a stage has some of them
+        tensors = {n: t.clone() if n.rpartition(".")[0] in layers else t for n, t in tensors.items()}
     try:
         missing, _ = module.load_state_dict(tensors, strict=False)
     except (RuntimeError, ValueError, KeyError) as error:  # ComfyUI's words for what does not fit
