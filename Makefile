@@ -7,7 +7,7 @@ TORCHAUDIO_LIBRARIES := $(COMFYUI_VENV)/lib/python*/site-packages/torchaudio/lib
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz faults soak test-comfyui bench parity models simulate lint clean
+.PHONY: demo test fuzz faults soak restarts test-comfyui bench parity models simulate lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m comfy_xdit demo
@@ -15,9 +15,10 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready lint
 	$(BIN)/python -m pytest
 
-# Mutated safetensors headers through every reader; minutes per 10,000.
+# Bad messages through the bridge, bad headers through every reader; writes docs/reliability.md.
 fuzz: $(VENV)/.ready
-	XDIT_FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) $(BIN)/python -m pytest tests/test_fuzz_headers.py tests/test_gguf_header.py --timeout 0
+	$(BIN)/python -m benchmarks.faults.fuzz --messages $(or $(MESSAGES),1000000) --headers $(or $(HEADERS),100000)
+	XDIT_FUZZ_EXAMPLES=$(or $(HEADERS),100000) $(BIN)/python -m pytest tests/test_gguf_header.py --timeout 0
 
 # Faults injected for real, and many runs with cancels and kills; both write docs/reliability.md.
 faults: $(VENV)/.ready
@@ -25,6 +26,10 @@ faults: $(VENV)/.ready
 
 soak: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.faults.soak --runs $(or $(RUNS),500)
+
+# A real ComfyUI server ended in mid-run, RUNS times: make restarts COMFYUI_DIR=/path/to/ComfyUI
+restarts: $(COMFYUI_VENV)/.ready
+	$(COMFYUI_VENV)/bin/python -m benchmarks.faults.restarts "$(COMFYUI_DIR)" --runs $(or $(RUNS),20)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -49,7 +54,7 @@ bench: $(VENV)/.ready
 # One environment per checkout: each wants its own front end.
 test-comfyui: $(COMFYUI_VENV)/.ready
 	COMFYUI_DIR="$(COMFYUI_DIR)" XDIT_FAMILIES_PAGE="$(CURDIR)/docs/comfyui-families.md" \
-		XDIT_MODELS_PAGE="$(CURDIR)/docs/models.md" \
+		XDIT_MODELS_PAGE="$(CURDIR)/docs/models.md" XDIT_CHANGES_PAGE="$(CURDIR)/docs/comfyui-changes.md" \
 		$(COMFYUI_VENV)/bin/python -m pytest tests/comfyui
 
 # The constraint file pins torch, so that no dependency pulls another build of it.

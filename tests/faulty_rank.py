@@ -48,6 +48,7 @@ DEEDS = {
     "compute": compute,
     "compile": compile_for,
     "fail": fail,
+    "say": lambda text, times: print(*[text] * times, sep="\n", flush=True),
     "be ended": be_ended,
     "answer what cannot cross": lambda: {1, 2},
     "answer without room": answer_without_room,

@@ -21,5 +21,5 @@ class Rogue:
 
     def push(self, queue: str, route: str, number: int, **head: Any) -> None:
         """Put a signed message into a queue."""
-        whole = {"job": 1, "body": None, "tensors": []} | head
+        whole = {"job": 1, "body": {"Cancelled": {"step": 0}}, "tensors": []} | head
         self.store.queue_push(queue, self.signer.seal(route, number, whole))

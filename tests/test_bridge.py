@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comfy_xdit.protocol.errors import WorkerDied
-from comfy_xdit.protocol.messages import Load, Result
+from comfy_xdit.protocol.messages import Cancelled, Load, Result
 from comfy_xdit.protocol.rpc import Event, Host, Rank
 from comfy_xdit.protocol.shared_memory import HEADER_BYTES, Segment
 from comfy_xdit.protocol.spec import ModelSpec
@@ -32,20 +32,60 @@ def fault_of(event: Event | None) -> str:
     return f"{type(event.fault).__name__}: {event.fault}"
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        {"tensors": 7},
-        {"tensors": [None]},
-        {"body": {"Nonsense": {}}},
-        {"body": {"Result": {"value": 1, "seconds": 2, "more": 3}}},
-        {"body": {"tensor": 0}},
-        {"body": {"a": 1, "b": 2}},
-    ],
-)
+SENSELESS = [
+    {"tensors": 7},
+    {"tensors": [None]},
+    {"tensors": [{"dtype": "float32", "shape": [1 << 62] * 100_000, "offset": 64}]},
+    {"job": "1"},
+    {"body": {"Nonsense": {}}},
+    {"body": {"Result": {"value": 1, "seconds": 2, "more": 3}}},
+    {"body": {"Result": {"value": 1}}},
+    {"body": {"Result": None}},
+    {"body": {"tensor": 0}},
+    {"body": {"tuple": 3}},
+    {"body": {"dict": [[1]]}},
+    {"body": {"dict": [[{"tuple": [[]]}, 1]]}},
+    {"body": {"a": 1, "b": 2}},
+]
+
+
+@pytest.mark.parametrize("head", SENSELESS)
 def test_whatever_ends_the_reader_is_said_at_once(host, head):
     Rogue(host).push("events", "events/0", 0, **head)
-    assert fault_of(host.wait(SECONDS))
+    assert "Unreadable: a message on events makes no sense" in fault_of(host.wait(SECONDS))
+
+
+@pytest.mark.parametrize("head", SENSELESS)
+def test_a_command_that_makes_no_sense_is_an_error_of_ours(host, head):
+    rank = Rank(host.invitation(0))
+    Rogue(host).push("commands/0", "commands/0", 0, **head)
+    with pytest.raises(WorkerDied, match="a message on commands/0 makes no sense"):
+        rank.receive("cpu")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        3,
+        {"Stop": {}},
+        {"Progress": {"step": "1", "steps": 2, "preview": None}},
+        {"Progress": {"step": 1, "steps": 2, "preview": 3}},
+        {"Result": {"value": 1, "seconds": None}},
+        {"Failure": {"kind": "x", "message": ["y"], "traceback": "", "invalid": False}},
+        {"Cancelled": {"step": True}},
+        {"Ready": {"report": []}},
+    ],
+)
+def test_a_rank_says_only_what_ranks_say(host, body):
+    Rogue(host).push("events", "events/0", 0, body=body)
+    assert "Unreadable: a message on events makes no sense" in fault_of(host.wait(SECONDS))
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_what_is_signed_and_no_object_is_an_error_of_ours(host, text):
+    rogue = Rogue(host)
+    rogue.store.queue_push("events", rogue.signer.stamp(text) + text)
+    assert "Unreadable: a message on events makes no sense" in fault_of(host.wait(SECONDS))
 
 
 @pytest.mark.parametrize("junk", [b"", b"x", b"x" * 32 + b"{}", b"\x00" * 1000])
@@ -53,9 +93,9 @@ def test_a_message_without_a_signature_is_said_at_once_and_does_not_end_the_read
     rogue = Rogue(host)
     rogue.store.queue_push("events", junk)
     assert "bad signature" in fault_of(host.wait(SECONDS))
-    rogue.push("events", "events/1", 0, body=3)
+    rogue.push("events", "events/1", 0)
     event = host.wait(SECONDS)
-    assert event is not None and (event.rank, event.message) == (1, 3)
+    assert event is not None and (event.rank, event.message) == (1, Cancelled(0))
 
 
 def test_a_message_that_is_replayed_or_of_another_route_is_refused(host):

@@ -15,7 +15,7 @@ import pytest
 
 from comfy_xdit.protocol.errors import InvalidInput, RemoteError, WorkerDied
 from comfy_xdit.protocol.parallel import ParallelConfig
-from comfy_xdit.ranks import logs
+from comfy_xdit.ranks import logs, output
 from comfy_xdit.ranks.group import WorkerGroup
 from comfy_xdit.ranks.logs import RankLogs
 from tests.faulty_rank import do
@@ -134,6 +134,37 @@ def test_a_log_never_grows_beyond_its_limit(tmp_path, own_handlers, monkeypatch)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["rank-0.jsonl", "rank-0.jsonl.1"]
     assert all(mode(one) == 0o600 for one in tmp_path.iterdir())
     assert len(lines(file)[-1]["error"]) == log.TEXT_CHARACTERS
+
+
+def test_what_a_rank_prints_is_kept_to_its_end(monkeypatch):
+    monkeypatch.setattr(output, "LIMIT", 64 << 10)
+    monkeypatch.setattr(output, "KEPT", 8 << 10)
+    monkeypatch.setattr(output, "LOOK_SECONDS", 0.05)
+    group = WorkerGroup(ParallelConfig(), program="tests.faulty_rank")
+    try:
+        group.call(do("nothing"))
+        own = group._processes._outputs[0]
+        for _ in range(2):  # also of one that was shortened before
+            group.call(do("say", text="x" * 99, times=10_000))
+            deadline = time.monotonic() + 30.0
+            while own.size > 8 << 10:
+                assert time.monotonic() < deadline, own.size
+                time.sleep(0.02)
+            assert own.text().endswith("x" * 99)
+        group.call(do("say", text="its last words", times=1))
+        with pytest.raises(WorkerDied, match="its last words"):
+            group.call(do("be ended", rank=0, number=int(signal.SIGKILL)))
+    finally:
+        group.close()
+
+
+def test_what_is_asked_for_behind_the_end_of_an_output_is_all_that_is_left():
+    own = output.Output()
+    try:
+        os.write(own.fileno(), b"one\n")
+        assert own.text(begin=1000) == "one"
+    finally:
+        own.close()
 
 
 def test_libraries_are_heard_from_warnings_on(tmp_path, own_handlers):

@@ -36,7 +36,7 @@ def write(part: str, result: dict[str, Any]) -> None:
     results[part] = result | {"machine": machine(), "date": time.strftime("%d %B %Y")}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     text = TEMPLATE.read_text()
-    for name, words in (("faults", faults), ("soak", soak)):
+    for name, words in (("faults", faults), ("soak", soak), ("fuzz", fuzz), ("restarts", restarts)):
         found = "\n".join(words(results[name])) if name in results else "Not measured yet."
         text = text.replace(f"<!-- {name} -->", found)
     PAGE.write_text(text)
@@ -85,6 +85,23 @@ def soak(result: dict[str, Any]) -> Iterator[str]:
     yield from ("", "| | least | most | slope per 100 runs |", "|---|---|---|---|")
     for name, row in result["slopes"].items():
         yield f"| {name} | {row['least']:.6g} | {row['most']:.6g} | {row['slope']:+.3g} |"
+
+
+def fuzz(result: dict[str, Any]) -> Iterator[str]:
+    """What was sent and read."""
+    yield from (f"- {line}" for line in result["lines"])
+    yield from ("", f"No crash, no hang, no exception but ours. {result['machine']}; {result['date']}.")
+
+
+def restarts(result: dict[str, Any]) -> Iterator[str]:
+    """What every start and end of a server left."""
+    yield f"{result['words']} {result['machine']}; {result['date']}."
+    yield from ("", "| how it ended | times | ready s | gone s, at most | left |", "|---|---|---|---|---|")
+    for row in result["rows"]:
+        yield (
+            f"| {row['how']} | {row['times']} | {row['ready']:.0f} | {row['gone']:.1f} | "
+            f"{'; '.join(row['left']) or 'nothing'} |"
+        )
 
 
 def short(words: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class XDiTError(Exception):
     """Base of every error the pack raises on purpose; its text is meant for the person at the graph."""
@@ -54,3 +56,9 @@ class DeviceInUse(XDiTError, RuntimeError):
 
 class Interrupted(XDiTError):
     """The run was cancelled by the person; the ranks stopped at a step boundary and stay warm."""
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """What somebody else has written, for an error: on one line, and short."""
+    text = ascii(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -356,6 +356,7 @@ class Cancelled:
     step: int
 
 
+ANSWERS = (Ready, Progress, Result, Failure, Cancelled)  # what ranks say
 WORDS: dict[str, type] = {
     word.__name__: word
     for word in (

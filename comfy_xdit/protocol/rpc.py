@@ -17,8 +17,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -27,10 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comfy_xdit.protocol.messages import Progress
-from comfy_xdit.protocol.plain import flatten, rebuild
+from comfy_xdit.protocol.messages import ANSWERS, Progress
+from comfy_xdit.protocol.plain import check_fields, flatten, rebuild
 from comfy_xdit.protocol.shared_memory import ALIGNMENT, HEADER_BYTES, Segment, anonymous_file
-from comfy_xdit.protocol.signed import Sequence, Signer, Unsigned
+from comfy_xdit.protocol.signed import Sequence, Signer, Unreadable, Unsigned
 
 LOOPBACK = "127.0.0.1"
 IDLE = timedelta(days=3650)  # a rank waits for its next command as long as its host lives
@@ -215,12 +215,18 @@ class Host:
                     self.inbox.put(Event(-1, fault=fault))
 
     def _event(self, sealed: bytes) -> Event:
-        head = self._signer.open(sealed)
-        rank = self._routes.index(self._seen.check(head, self._routes))
-        tensors = self._inbound[rank].read(head["tensors"])
-        self._inbound[rank].acknowledged = head["sequence"] + 1
-        crossed = len(sealed) + sum(tensor.nbytes for tensor in tensors)
-        return Event(rank, head["job"], rebuild(head["body"], tensors), crossed)
+        """What a rank says. Raises WorkerDied for what none of this version would."""
+        with _understood(EVENTS):
+            head = self._signer.open(sealed)
+            rank = self._routes.index(self._seen.check(head, self._routes))
+            job, body, entries = _parts(head)
+            tensors = self._inbound[rank].read(entries)
+            self._inbound[rank].acknowledged = head["sequence"] + 1
+            message = rebuild(body, tensors)
+            if not isinstance(message, ANSWERS):
+                raise ValueError(f"a rank says {type(message).__name__}")
+            check_fields(message)
+        return Event(rank, job, message, len(sealed) + sum(tensor.nbytes for tensor in tensors))
 
 
 class Rank:
@@ -246,12 +252,15 @@ class Rank:
         return dist.PrefixStore("group", dist.FileStore(f"/proc/self/fd/{self._meeting}", self.world_size))
 
     def receive(self, device: torch.device | str) -> tuple[int, Any]:
-        """Wait for the next command; its tensors are copied to `device`."""
+        """Wait for the next command; its tensors are copied to `device`. Raises WorkerDied for no command."""
         route = f"commands/{self.rank}"
-        head = self._signer.open(self._commands.queue_pop(route))
-        self._seen.check(head, (route,))
-        self.beat()
-        return head["job"], rebuild(head["body"], self._inbound.read(head["tensors"], device))
+        sealed = self._commands.queue_pop(route)
+        with _understood(route):
+            head = self._signer.open(sealed)
+            self._seen.check(head, (route,))
+            self.beat()
+            job, body, entries = _parts(head)
+            return job, rebuild(body, self._inbound.read(entries, device))
 
     def send(self, job: int, message: Any) -> None:
         """Give `message`, the last of `job`, to the host.
@@ -305,6 +314,22 @@ class Rank:
         self._store.queue_push(EVENTS, sealed)
         self.beat()
         return number
+
+
+@contextmanager
+def _understood(where: str) -> Iterator[None]:
+    """Within, what is wrong with a message is an Unreadable."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"a message on {where} makes no sense: {error}") from error
+
+
+def _parts(head: dict[str, Any]) -> tuple[int, Any, Any]:
+    """Job, body and tensors of a head."""
+    if not {"job", "body", "tensors"} <= head.keys() or type(head["job"]) is not int:
+        raise ValueError("it is of no job, or has no body or no tensors")
+    return head["job"], head["body"], head["tensors"]
 
 
 def _interrupt(job: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput, shown
 from comfy_xdit.protocol.regular_files import open_regular
 
 MAX_HEADER_BYTES = 16 << 20  # the largest published ones have a few MiB
@@ -152,7 +152,7 @@ class _Limits:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
-                raise ValueError(f"{_shown(name)} stands in its header twice")
+                raise ValueError(f"{shown(name)} stands in its header twice")
             found[name] = value
         return found
 
@@ -168,22 +168,22 @@ class _Limits:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{_shown(text)} is in its header, where only whole numbers are")
+    raise ValueError(f"{shown(text)} is in its header, where only whole numbers are")
 
 
 def _tensor(name: str, entry: Any, data: int) -> StoredTensor:
     """A tensor as its header's `entry` tells it; `data` is where the bytes of all tensors begin."""
     if len(name) > MAX_NAME or not name.isprintable():
-        raise ValueError(f"a tensor is called {_shown(name)}, which no model has")
+        raise ValueError(f"a tensor is called {shown(name)}, which no model has")
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is no tensor in its header")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise ValueError(f"{name} has the dtype {_shown(dtype)}, which safetensors does not know")
+        raise ValueError(f"{name} has the dtype {shown(dtype)}, which safetensors does not know")
     if not _is_sizes(shape) or not _fits(shape):
-        raise ValueError(f"{name} has the shape {_shown(shape)}, which no tensor has")
+        raise ValueError(f"{name} has the shape {shown(shape)}, which no tensor has")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name} lies at {_shown(offsets)}, which is no place")
+        raise ValueError(f"{name} lies at {shown(offsets)}, which is no place")
     start, stop = offsets
     if math.prod(shape) * BITS[dtype] != (stop - start) * 8:
         raise ValueError(f"{name}, {dtype} of shape {tuple(shape)}, does not have {stop - start} bytes")
@@ -212,9 +212,3 @@ def _check_places(tensors: dict[str, StoredTensor], data: int, size: int) -> Non
         end = tensor.stop
     if end != size:
         raise ValueError(f"its tensors take {end} bytes")
-
-
-def _shown(value: Any, most: int = 60) -> str:
-    """A value of the header for a message: on one line, and short."""
-    text = ascii(value)
-    return text if len(text) <= most else f"{text[:most]}..."

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from comfy_xdit.protocol.errors import shown
+
 ALIGNMENT = 64
 # The first bytes are four numbers: how many messages the reader has read; when the interpreter of the writer
 # last ran (seconds of the monotonic clock); how far its own work has come; whether its device works.
@@ -30,6 +32,8 @@ _NAMES = (
 )
 _DTYPES = {name: getattr(torch, name) for name in _NAMES if hasattr(torch, name)}
 MOST_ELEMENTS = 1 << 48  # far above any memory, far below what overflows
+MOST_DIMS = 64  # of PyTorch's tensors
+_FIELDS = {"dtype", "shape", "offset"}
 
 
 class Segment:
@@ -70,6 +74,8 @@ class Segment:
         Raises:
             ValueError: an entry of the head is nothing that lies in this segment.
         """
+        if not isinstance(entries, list):
+            raise ValueError(f"a message names tensors by {type(entries).__name__}, where a list is due")
         return [self._read_one(entry, device) for entry in entries]
 
     @property
@@ -146,16 +152,19 @@ class Segment:
 
 def _checked(entry: dict[str, Any]) -> tuple[torch.dtype, list[int], int]:
     """Dtype, shape and end (bytes) of an entry in a head; every field of it is looked at."""
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise ValueError(f"a message names a tensor by {shown(entry)}, where dtype, shape and offset are due")
     name, shape, offset = entry["dtype"], entry["shape"], entry["offset"]
     if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"a message names the dtype {name!r}; known are {', '.join(_DTYPES)}")
+        raise ValueError(f"a message names the dtype {shown(name)}; known are {', '.join(_DTYPES)}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"a message names the shape {shape!r}; a list of numbers from 0 on is one")
-    if math.prod(max(n, 1) for n in shape) > MOST_ELEMENTS:
-        raise ValueError(f"a message names the shape {shape!r}, which is more than any memory holds")
+        raise ValueError(f"a message names the shape {shown(shape)}; a list of numbers from 0 on is one")
+    if len(shape) > MOST_DIMS or math.prod(max(n, 1) for n in shape) > MOST_ELEMENTS:
+        raise ValueError(f"a message names the shape {shown(shape)}, which is more than any memory holds")
     if type(offset) is not int or offset < HEADER_BYTES or offset % ALIGNMENT:
         raise ValueError(
-            f"a message names the offset {offset!r}; a multiple of {ALIGNMENT} from {HEADER_BYTES} on is one"
+            f"a message names the offset {shown(offset)}; a multiple of {ALIGNMENT} from {HEADER_BYTES} on "
+            "is one"
         )
     return _DTYPES[name], shape, offset + math.prod(shape) * _DTYPES[name].itemsize
 

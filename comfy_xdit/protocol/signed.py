@@ -6,7 +6,7 @@ import hmac
 import json
 from typing import Any
 
-from comfy_xdit.protocol.errors import WorkerDied
+from comfy_xdit.protocol.errors import WorkerDied, shown
 
 MAC_BYTES = 32
 # TCPStore breaks the connection for good above 8 MiB; heads are far smaller.
@@ -15,6 +15,10 @@ HEAD_LIMIT = 4 << 20
 
 class Unsigned(WorkerDied):
     """A message that nobody who knows the secret has written: it is not of this group."""
+
+
+class Unreadable(WorkerDied):
+    """A message that is signed and makes no sense: of a rank that was taken over, or of another version."""
 
 
 class Signer:
@@ -41,13 +45,17 @@ class Signer:
 
         Raises:
             Unsigned: the signature is not of this group.
+            ValueError, RecursionError: what is signed is no JSON object.
         """
         mac, body = sealed[:MAC_BYTES], sealed[MAC_BYTES:]
         if not hmac.compare_digest(mac, self.stamp(body)):
             raise Unsigned(
                 "a message on the bridge has a bad signature: another process of this machine writes to it"
             )
-        return json.loads(body)
+        head = json.loads(body)
+        if not isinstance(head, dict):
+            raise ValueError(f"a message is {type(head).__name__}, where an object is due")
+        return head
 
     def stamp(self, text: bytes) -> bytes:
         """The signature of `text`."""
@@ -76,8 +84,9 @@ class Sequence:
         Raises:
             WorkerDied: it is meant for somebody else, or not the next one of its route.
         """
-        if (route := head["route"]) not in routes:
-            raise WorkerDied(f"a message of the route {route!r} arrived on {' or '.join(routes)}")
-        if head["sequence"] != (expected := self.take(route)):
-            raise WorkerDied(f"message {head['sequence']} on {route}, expected {expected}")
+        if (route := head.get("route")) not in routes:
+            raise WorkerDied(f"a message of the route {shown(route)} arrived on {' or '.join(routes)}")
+        number, expected = head.get("sequence"), self.take(route)
+        if type(number) is not int or number != expected:
+            raise WorkerDied(f"message {shown(number)} on {route}, expected {expected}")
         return route

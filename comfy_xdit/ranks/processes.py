@@ -7,16 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import IO
 
 from comfy_xdit import ROOT
 from comfy_xdit.protocol.rpc import Event, Host, Reported
 from comfy_xdit.ranks.environment import rank_environment
+from comfy_xdit.ranks.output import Output, Shortening
 from comfy_xdit.ranks.template import Forked, fork
 
 KILL_SECONDS = 5.0
@@ -25,15 +24,11 @@ STACK_SECONDS = 2.5  # for all ranks to write where they are
 STACK_POLL_SECONDS = 0.02
 # How the stack of a main thread ends; of more than a hundred frames faulthandler leaves the rest out.
 _LAST_FRAMES = ("in _run_module_as_main", "...")
-TAIL_CHARACTERS = 3000
-TAIL_BYTES = 64 << 10
 NEXT = "Press Run again: new ranks start."
-# Of a fatal signal: hundreds of names behind the stack that says what happened.
-_NOISE = "Extension modules: "
 
 
 class RankProcesses:
-    """One process per device, and its log: an anonymous file that goes with it.
+    """One process per device, and what it prints.
 
     Args:
         program: the module that each runs.
@@ -45,12 +40,14 @@ class RankProcesses:
 
     def __init__(self, program: str, devices: Sequence[str], bridge: Host, waiting: Callable[[], None]):
         self.devices = tuple(devices)
-        self._logs: list[IO[bytes]] = []
+        self._outputs: list[Output] = []
         self._processes: list[subprocess.Popen[bytes] | Forked] = []
+        self._shortening: Shortening | None = None
         try:
             for rank in range(len(devices)):
-                self._logs.append(tempfile.TemporaryFile())  # noqa: SIM115 - closed by kill
+                self._outputs.append(Output())
                 self._processes.append(self._begin(program, rank, bridge, waiting))
+            self._shortening = Shortening(self._outputs)
         except BaseException:
             self.kill()
             raise
@@ -76,7 +73,7 @@ class RankProcesses:
                 process.wait(max(0.0, deadline - time.monotonic()))
 
     def kill(self) -> None:
-        """End every process and let go of the logs."""
+        """End every process and let go of what they printed."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -84,9 +81,11 @@ class RankProcesses:
                 process.wait(KILL_SECONDS)
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-        for log in self._logs:
-            log.close()
-        self._processes, self._logs = [], []
+        if self._shortening is not None:
+            self._shortening.end()
+        for output in self._outputs:
+            output.close()
+        self._processes, self._outputs = [], []
 
     def name(self, rank: int) -> str:
         """A rank in words."""
@@ -98,23 +97,23 @@ class RankProcesses:
 
     def tails(self, ranks: Collection[int] | None = None) -> str:
         """The last lines of the logs of some ranks, or of all."""
-        return "\n".join(self.tail(rank) for rank in (range(len(self._logs)) if ranks is None else ranks))
+        return "\n".join(self.tail(rank) for rank in (range(len(self._outputs)) if ranks is None else ranks))
 
     def tail(self, rank: int) -> str:
         """The last lines of a rank's log."""
-        text = _written(self._logs[rank], 0)
+        text = self._outputs[rank].text()
         return f"Last lines of rank {rank}'s log:\n{text}" if text else f"The log of rank {rank} is empty."
 
     def stacks(self, ranks: Collection[int]) -> str:
         """The Python stacks of some ranks, written by the ranks themselves (faulthandler) into their logs."""
-        begins = {rank: _size(self._logs[rank]) for rank in ranks}
+        begins = {rank: self._outputs[rank].size for rank in ranks}
         asked = [rank for rank in ranks if _is_up(self._processes[rank].pid)]  # a stopped one cannot answer
         for rank in asked:
             self._processes[rank].send_signal(signal.SIGUSR1)
         deadline, written = time.monotonic() + STACK_SECONDS, dict.fromkeys(ranks, "")
         while asked and time.monotonic() < deadline:
             time.sleep(STACK_POLL_SECONDS)
-            written |= {rank: _written(self._logs[rank], begins[rank]) for rank in asked}
+            written |= {rank: self._outputs[rank].text(begins[rank]) for rank in asked}
             asked = [rank for rank in asked if not written[rank].endswith(_LAST_FRAMES)]
         return "\n".join(
             f"Where rank {rank} is:\n{text}" if text else f"Rank {rank} does not say where it is."
@@ -124,7 +123,7 @@ class RankProcesses:
     def _begin(
         self, program: str, rank: int, bridge: Host, waiting: Callable[[], None]
     ) -> subprocess.Popen[bytes] | Forked:
-        invitation, log = bridge.invitation(rank), self._logs[rank]
+        invitation, log = bridge.invitation(rank), self._outputs[rank]
         environment = rank_environment(rank, self.devices)
         process = fork(program, environment, log, invitation.descriptors, waiting)
         if process is None:
@@ -136,7 +135,7 @@ class RankProcesses:
 
 
 def _spawn(
-    program: str, environment: dict[str, str], log: IO[bytes], descriptors: Sequence[int]
+    program: str, environment: dict[str, str], log: Output, descriptors: Sequence[int]
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", program],
@@ -180,16 +179,3 @@ def _cause(exit_code: int) -> str:
         return f"was ended by {signal.Signals(-exit_code).name}"
     except ValueError:  # a real-time signal, which has no name
         return f"was ended by signal {-exit_code}"
-
-
-def _size(log: IO[bytes]) -> int:
-    return os.fstat(log.fileno()).st_size
-
-
-def _written(log: IO[bytes], begin: int) -> str:
-    """What is in a log from byte `begin` on, at most the end of it; without what nobody reads."""
-    size = _size(log)
-    begin = max(begin, size - TAIL_BYTES)
-    text = os.pread(log.fileno(), size - begin, begin).decode(errors="replace")
-    lines = [line for line in text.splitlines() if not line.startswith(_NOISE)]
-    return "\n".join(lines).strip()[-TAIL_CHARACTERS:]

@@ -24,6 +24,7 @@ from typing import IO
 
 from comfy_xdit import ROOT
 from comfy_xdit.ranks.environment import VISIBLE, template_environment
+from comfy_xdit.ranks.output import Output
 
 FORK = "XDIT_FORK_RANKS"  # 1: also on GPUs. 0: never
 IMPORT_SECONDS = 180.0  # for all imports, on a busy machine; after that ranks start without it
@@ -109,7 +110,7 @@ class Template:
         self,
         program: str,
         environment: Mapping[str, str],
-        log: IO[bytes],
+        log: Output,
         descriptors: Sequence[int],
         waiting: Callable[[], None],
     ) -> Forked:
@@ -188,7 +189,7 @@ _failures = 0
 def fork(
     program: str,
     environment: Mapping[str, str],
-    log: IO[bytes],
+    log: Output,
     descriptors: Sequence[int],
     waiting: Callable[[], None],
 ) -> Forked | None:

@@ -32,11 +32,15 @@ OnMessage = Callable[["Client", str, dict[str, Any]], Awaitable[None]]
 
 
 class Server:
-    """`main.py` of a ComfyUI checkout on a free loopback port, with folders of its own."""
+    """`main.py` of a ComfyUI checkout on a free loopback port, with folders of its own in `base`.
+
+    Of one that has ended before they are used again.
+    """
 
     def __init__(self, comfyui: Path, base: Path):
-        (base / "custom_nodes").mkdir(parents=True)
-        (base / "custom_nodes" / "comfy_xdit").symlink_to(ROOT, target_is_directory=True)
+        (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
+        if not (pack := base / "custom_nodes" / "comfy_xdit").is_symlink():
+            pack.symlink_to(ROOT, target_is_directory=True)
         self.base, self.port, self._log = base, _free_port(), base / "log.txt"
         arguments = {
             "--base-directory": base,

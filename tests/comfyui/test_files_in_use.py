@@ -1,13 +1,17 @@
 """A model file that is written over while ComfyUI's own class has it in the ranks."""
 
 import shutil
+from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
 from tests.comfyui import loras
 from tests.comfyui.inputs import layout, one_step
+from tests.comfyui.test_comfyui_formats import FORMATS, NAME, call, reads
+from tests.comfyui.tiny_classes import write
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +32,35 @@ def test_what_is_loaded_stays_and_a_lora_is_not_put_on_other_weights(comfyui, ru
     )
     before = one_step(run_node, model)
 
-    content = bytearray(file.read_bytes())
-    behind = len(content) // 10  # the header
-    content[behind:] = bytes(len(content) - behind)
-    with file.open("r+b") as opened:  # as `cp` does: into the same file
-        opened.write(content)
+    write_over(file)
 
     assert (one_step(run_node, model) == before).all()
     with pytest.raises(InvalidInput, match=r"written_over\.safetensors was changed"):
         one_step(run_node, patched)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_layers_in_formats_of_their_own_stay_as_they_were(comfyui, run_node, form):
+    """They take tensors as the file has them, which on a CPU were views of it."""
+    if not reads(form):
+        pytest.skip("this ComfyUI does not read the format")
+    folder = comfyui.models / "diffusion_models"
+    file = folder / f"written_over_{form}.safetensors"
+    tensors, metadata = FORMATS[form](load_file(folder / write(NAME, folder)))
+    save_file(tensors, file, metadata)
+    inputs = {"unet_name": file.name, "weight_dtype": "default", "parallel": layout(1)}
+    (model,) = run_node("XDiTLoadDiffusionModel", **inputs)
+    before = call(model)
+
+    write_over(file)
+
+    assert torch.equal(call(model), before)
+
+
+def write_over(file: Path) -> None:
+    """As `cp` does: into the same file, whose size and header stay."""
+    content = bytearray(file.read_bytes())
+    behind = 8 + int.from_bytes(content[:8], "little")
+    content[behind:] = bytes(len(content) - behind)
+    with file.open("r+b") as opened:
+        opened.write(content)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import comfy.model_management
+import folder_paths
 import torch
 
 from comfy_xdit.comfy_types.interruption import interrupted, interruptible, raise_if_interrupted
@@ -45,7 +46,7 @@ def model_of(remote: RemoteModel) -> RemotePatcher:
     else:
         pair_prompts(twin)
         _send_calls_to(remote, twin)
-    setattr(twin, ORIGINAL, Original(twin.diffusion_model))
+    setattr(twin, ORIGINAL, Original(twin.diffusion_model, folder_paths.get_folder_paths("custom_nodes")))
     management = comfy.model_management
     return RemotePatcher(twin, management.get_torch_device(), management.unet_offload_device())
 

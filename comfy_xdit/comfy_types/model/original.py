@@ -6,29 +6,37 @@ one, a hook, a weight set anew would be ignored there. Such changes are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
+from torch.nn.modules import module as every_module
 
+from comfy_xdit.comfy_types.model.original_code import OriginalCode
 from comfy_xdit.protocol.errors import InvalidInput
 
 ORIGINAL = "xdit_original"  # attribute of the twin
 TRANSFORMER = "diffusion_model"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS_OF_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")  # of torch.nn.modules.module
 # What torch changes by itself, and what ComfyUI reads on the host.
 _FREE = {"training", "dtype"}
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 class Original:
-    """Modules, weights, hooks, functions and plain attributes of a transformer, as they are now.
+    """Modules, weights, hooks, functions, plain attributes and the code of a transformer, as they are now.
 
     Refers to nothing that refers to the twin: as its attribute it makes no cycle.
     """
 
-    def __init__(self, transformer: torch.nn.Module):
-        """Args: transformer: complete, with everything of ours in place."""
+    def __init__(self, transformer: torch.nn.Module, packs: Sequence[str] = ()):
+        """As it is.
+
+        Args:
+            transformer: complete, with everything of ours in place.
+            packs: folders of custom nodes.
+        """
         modules = dict(transformer.named_modules(prefix=TRANSFORMER))
         self._transformer = id(transformer)
         self._parts = [_Part(name, module) for name, module in modules.items()]
@@ -38,6 +46,8 @@ class Original:
         self._live_children = [module._modules for module in modules.values()]
         self._children = [part.children for part in self._parts]
         self._hooks = [part.live[kind] for part in self._parts for kind in _HOOKS]
+        self._hooks += [getattr(every_module, kind) for kind in _HOOKS_OF_ALL]
+        self._code = OriginalCode(transformer, packs)
         self._values = [
             (live, key, value)
             for part in self._parts
@@ -57,19 +67,19 @@ class Original:
             return
         found = [TRANSFORMER] if replaced else []
         found += [change for part in self._parts for change in part.changes()]
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise InvalidInput(
-                f"a node changed the inside of the transformer ({', '.join(found[:3])}{more}), which cannot "
-                "reach the ranks. Remove that node, or use the stock loader instead of the xDiT one."
-            )
+        found += [f"torch.nn.modules.module.{kind}" for kind in _HOOKS_OF_ALL if getattr(every_module, kind)]
+        code = list(self._code.changes())
+        if found or code:
+            _refuse([*found, *code], lasting=bool(code))
         self._sizes = list(map(len, self._live))  # attributes that mean nothing to the class
+        self._code.accept()
 
     def _is_same(self) -> bool:
         return (
             self._live_children == self._children
             and list(map(len, self._live)) == self._sizes
             and not any(self._hooks)
+            and self._code.is_same()
             and all(live.get(key) is value for live, key, value in self._values)
         )
 
@@ -106,3 +116,12 @@ class _Part:
 
 def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, (torch.nn.Module, type))
+
+
+def _refuse(found: list[str], lasting: bool) -> NoReturn:
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    restart = " and restart ComfyUI, since all models have the change until it ends" if lasting else ""
+    raise InvalidInput(
+        f"a node changed the inside of the transformer ({', '.join(found[:3])}{more}), which cannot reach "
+        f"the ranks. Remove that node{restart}, or use the stock loader instead of the xDiT one."
+    )

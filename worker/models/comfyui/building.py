@@ -88,7 +88,7 @@ def fill(
     """
     try:
         if detected.quantised and elsewhere:
-            for name, tensor in fill_layers(module, named(detected), elsewhere):
+            for name, tensor in fill_layers(module, named(detected), elsewhere, _is_on_cpu(module)):
                 if tensor is None:
                     _check_lacking([name], module, path)
                 elif name in elsewhere:
@@ -109,6 +109,9 @@ def _fill(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     tensors = named(detected)
     left = {name: tensors.pop(name) for name in elsewhere if name in tensors}
+    if detected.quantised and _is_on_cpu(module):
+        layers = dict(module.named_modules())  # a stage has some of them
+        tensors = {n: t.clone() if n.rpartition(".")[0] in layers else t for n, t in tensors.items()}
     missing, _ = module.load_state_dict(tensors, strict=False)
     parameters = dict(module.named_parameters())
     lacking = [name for name in missing if name in parameters and name not in left]
@@ -116,6 +119,11 @@ def _fill(
     for name, tensor in left.items():
         _check_shape(name, tensor, parameters[name], module, path)
     yield from left.items()
+
+
+def _is_on_cpu(module: nn.Module) -> bool:
+    """Where layers in formats of their own take tensors as they are, and a view changes with its file."""
+    return any(parameter.is_cpu for parameter in module.parameters())
 
 
 def check_names(module: nn.Module, detected: Detected, path: str) -> None:

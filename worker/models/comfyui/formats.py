@@ -27,9 +27,12 @@ def make_weights(module: nn.Module, tensors: Tensors) -> None:
 
 
 def fill_layers(
-    module: nn.Module, tensors: Tensors, elsewhere: Collection[str]
+    module: nn.Module, tensors: Tensors, elsewhere: Collection[str], copied: bool
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Copy the weights into `module`, and have no more than one layer's in memory besides.
+
+    Args:
+        copied: layers get copies of `tensors`.
 
     Yields:
         Names of parameters `elsewhere`, which are left as they are, with what they are to be; and of those
@@ -41,7 +44,10 @@ def fill_layers(
     stored = _by_layer(tensors)
     for name, layer in module.named_modules():
         before, prefix = dict(layer._parameters), f"{name}." if name else ""
-        lacking = _give(layer, name, stored.get(name, {}))
+        own_tensors = stored.get(name, {})
+        if copied:
+            own_tensors = {key: tensor.clone() for key, tensor in own_tensors.items()}
+        lacking = _give(layer, name, own_tensors)
         for leaf, own in before.items():
             if leaf in lacking:
                 made = own is not None and f".{leaf}".endswith(MADE_BY_LAYERS)
