@@ -91,6 +91,7 @@ def test_one_row_of_any_length_and_one_that_is_cut():
 def test_parts_of_one_weight_are_one_text_and_a_space_belongs_to_the_next_word():
     parts = [("a ", 1.0), ("red", 1.0), (" big ", 1.5), ("circle ", 1.0)]
     assert joined(parts) == [("a red", 1.0), (" big", 1.5), (" circle ", 1.0)]
+    assert joined([("a ", 1.0), ("red ", 1.5), ("b", 1.0)]) == [("a", 1.0), (" red", 1.5), (" b", 1.0)]
     assert joined([]) == []
 
 

@@ -177,7 +177,7 @@ def test_a_vocabulary_of_sentencepiece(folders: Folders, tmp_path: Path):
         file.unlink()
     words = [f"{word} {letter}" for word in text_folders.WORDS for letter in text_folders.LETTERS]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_prefix=str(folder / "tokenizer" / "spiece"), vocab_size=90,
+        sentence_iterator=iter(words), model_prefix=str(folder / "tokenizer" / "spiece"), vocab_size=80,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
     assert (folder / "tokenizer" / "spiece.model").is_file()
@@ -207,6 +207,12 @@ def remove(folder: Path, pattern: str) -> None:
         file.unlink()
 
 
+def without_whole(folder: Path, tokenizer: str) -> None:
+    """A vocabulary in a format that only its class can read."""
+    (folder / "tokenizer" / "tokenizer.json").rename(folder / "tokenizer" / "vocab.txt")
+    rewritten(folder, tokenizer=["transformers", tokenizer])
+
+
 WRONG = {
     "no encoder": (
         lambda f: shutil.rmtree(f / "text_encoder"),
@@ -227,11 +233,11 @@ WRONG = {
         "names 'LlamaModel' as text_encoder, where this version reads T5EncoderModel: download",
     ),
     "no tokenizer's class": (
-        lambda f: rewritten(f, tokenizer=["transformers", "T5EncoderModel"]),
+        lambda f: without_whole(f, "T5EncoderModel"),
         "names 'T5EncoderModel' as tokenizer, which is no tokenizer of transformers .*: update",
     ),
     "an unknown class": (
-        lambda f: rewritten(f, tokenizer=["transformers", "NewTokenizer"]),
+        lambda f: without_whole(f, "NewTokenizer"),
         "names 'NewTokenizer' as tokenizer, which is no tokenizer of transformers .*: update",
     ),
     "damaged vocabulary": (

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tests.tiny import randomise
@@ -17,7 +18,7 @@ from tests.tiny import randomise
 DEMO = Path(__file__).parent.parent / "assets" / "demo" / "pipeline"
 LETTERS = string.ascii_letters + string.digits + ".,:;-&()'\""
 WORDS = ("red", "circle", "small", "on", "the", "left")
-LLAMA_SPECIAL = ("<|begin|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+LLAMA_SPECIAL = ("<|begin|>", "<|pad|>", "<|eot_id|>")
 WIDTH, SIZES = 32, {"num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 64}
 
 
@@ -45,18 +46,27 @@ def gemma_tokenizer() -> Any:
     """Letters with a space before a word, as Gemma's; by itself it pads on the left."""
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *LETTERS]
     vocabulary = {piece: place for place, piece in enumerate(pieces)}
-    tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
     assert tokenizer("a").input_ids[0] == vocabulary["<bos>"]
     return tokenizer
 
 
 def llama_tokenizer(folder: Path) -> Any:
-    """Bytes, special tokens that stand in a text, and a token at the beginning, as Llama 3's."""
+    """Bytes, special tokens that stand in a text, and a token at the beginning, as Llama 3's.
+
+    HunyuanVideo's instruction is as many tokens as with Llama 3's own vocabulary, which diffusers counts on.
+    """
+    told = DEFAULT_PROMPT_TEMPLATE
+    before, _, _ = told["template"].partition("{}")
+    count = told["crop_start"] - 1  # behind the token at the beginning
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: place for place, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in LLAMA_SPECIAL])
+    behind = (n for n in range(len(before)) if len(backend.encode(before[n:]).ids) == count - 1)
+    backend.add_tokens([AddedToken(before[: next(behind)], normalized=False)])  # the others are letters
+    assert len(backend.encode(before, add_special_tokens=False).ids) == count
     first = LLAMA_SPECIAL[0]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{first} $A", special_tokens=[(first, backend.token_to_id(first))]
@@ -125,6 +135,10 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+# diffusers builds it with OpenCV only; it encodes prompts by a copy of the other's code.
+ENCODES_AS = {"ConsisIDPipeline": "CogVideoXPipeline"}
+
+
 def write(name: str, root: Path) -> tuple[Any, Path]:
     """A pipeline of this class, and the folder that diffusers wrote it into."""
     torch.manual_seed(0)
@@ -132,8 +146,11 @@ def write(name: str, root: Path) -> tuple[Any, Path]:
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             randomise(part, seed=1)
-    cls = getattr(diffusers, name)
+    cls = getattr(diffusers, ENCODES_AS.get(name, name))
     missing = {part: None for part in ("vae", "transformer", "scheduler")}
     pipeline = cls(**missing, **parts)
     pipeline.save_pretrained(root / name)
+    index = root / name / "model_index.json"
+    text = index.read_text().replace(cls.__name__, name)
+    index.write_text(text.replace("TokenizersBackend", "LlamaTokenizerFast"))  # as HunyuanVideo's folder says
     return pipeline, root / name

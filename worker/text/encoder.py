@@ -94,7 +94,8 @@ class Encoder:
         if (weights != 1.0).any():
             nothing = self._laid([("", 1.0)], template, dropped, least=weights.shape[1])
             empty, _, _ = self._run(nothing)
-            states = (states - empty) * weights[..., None] + empty
+            weighted = (states - empty) * weights[..., None] + empty
+            states = torch.where(weights[..., None] == 1.0, states, weighted)
         if not all(torch.isfinite(t).all() for t in (states, pooled) if t is not None):
             raise not_finite(self._checkpoint, self._checkpoint.shapes, self._dtype, str(self._folder))
         states, mask = self._without(states.flatten(0, 1)[None], mask.flatten()[None], dropped)
@@ -107,8 +108,7 @@ class Encoder:
         kept = [place for place in range(states.shape[1]) if place not in dropped]
         if self._rule.padding is Padding.LEFT_OUT:
             kept = [place for place in kept if mask[0, place]]
-        states, mask = states[:, kept], mask[:, kept]
-        return (states * mask[..., None] if self._rule.padding is Padding.ZEROED else states), mask
+        return states[:, kept], mask[:, kept]
 
     def _laid(self, parts: Sequence[Part], template: Template | None, dropped: range, least: int = 0) -> Rows:
         """The tokens of a prompt and of the instruction around it."""
@@ -144,6 +144,8 @@ class Encoder:
         masked = {"attention_mask": mask} if rule.masked else {}
         output = self._module(ids, output_hidden_states=rule.hidden is not None, **masked)
         states = output.last_hidden_state if rule.hidden is None else output.hidden_states[rule.hidden]
+        if rule.padding is Padding.ZEROED:
+            states = states * mask[..., None]
         if not rule.pooled:
             return states.float(), mask, None
         pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output

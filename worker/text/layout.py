@@ -88,7 +88,8 @@ def joined(parts: Iterable[Part]) -> list[Part]:
             result[-1] = (result[-1][0] + text, weight)
         else:
             result.append((text, weight))
-    for place, (text, weight) in enumerate(result[:-1]):
-        words, (after, other) = text.rstrip(), result[place + 1]
+    for place in range(len(result) - 1):
+        (text, weight), (after, other) = result[place : place + 2]
+        words = text.rstrip()
         result[place], result[place + 1] = (words, weight), (text[len(words) :] + after, other)
     return result

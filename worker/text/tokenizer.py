@@ -1,4 +1,4 @@
-"""The tokenizer of a pipeline folder: transformers' class, as the folder names it."""
+"""The tokenizer of a pipeline folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from comfy_xdit.protocol.errors import InvalidInput
 
-VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+WHOLE = "tokenizer.json"  # everything, in the format of the tokenizers package
+VOCABULARIES = (WHOLE, "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
 READERS = ("sentencepiece", "google.protobuf")  # packages that read a file of the sentencepiece kind
 SHOWN = 60  # letters
 
@@ -21,8 +22,10 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, name: str):
-        self._folder, self._name = folder, name
         found = [file for file in VOCABULARIES if (folder / file).is_file()]
+        # A class of its own builds anew what the file says, and some build it wrong: of Llama 3's spaces and
+        # line ends transformers 5's LlamaTokenizer keeps none.
+        self._folder, self._name = folder, "PreTrainedTokenizerFast" if WHOLE in found else name
         if not found:
             raise InvalidInput(
                 f"{folder} holds none of {', '.join(VOCABULARIES)}; download the complete folder."
