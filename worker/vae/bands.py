@@ -155,9 +155,8 @@ def _on_all_rows(
     forward: Callable[[torch.Tensor], torch.Tensor], bands: Bands
 ) -> Callable[..., torch.Tensor]:
     def call(band: torch.Tensor) -> torch.Tensor:
-        whole = bands.gathered(band)
         with bands.all_rows():
-            return bands.own(forward(whole)).contiguous()
+            return bands.own(forward(bands.gathered(band))).contiguous()
 
     return call
 
