@@ -124,7 +124,7 @@ class TextEncoders(torch.nn.Module):
         remote = getattr(self, HANDLE)
         root = Path(remote.spec.path)
         return {
-            f"{WEIGHTS.get(name, name)}.transformer.{key}": tensor
+            _weight_name(name, key): tensor
             for name, folder in remote.info["encoders"].items()
             for file in sorted((root / folder).glob("*.safetensors"))
             for key, tensor in read_header(file).items()
@@ -137,6 +137,12 @@ class TextEncoders(torch.nn.Module):
     def load_sd(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: the weights are in the ranks."""
         _refuse_saving()
+
+
+def _weight_name(encoder: str, key: str) -> str:
+    """ComfyUI's name of a tensor in a folder. transformers 5 writes a CLIP without its first word."""
+    lacks = encoder in WEIGHTS and not key.startswith(("text_model.", "text_projection."))
+    return f"{WEIGHTS.get(encoder, encoder)}.transformer.{'text_model.' if lacks else ''}{key}"
 
 
 def _refuse_saving() -> NoReturn:

@@ -62,7 +62,7 @@ class TextEncoders:
         if not self._encoders:
             raise InvalidInput(
                 f"{self._root.name} is a {self._pipeline}, which has no text encoder: it draws one of the "
-                "classes it was trained on, by its number, and no prompt. Take the CLIP out of the workflow."
+                "classes it was trained on, by its number; use 'xDiT Class Label' in place of a prompt."
             )
         _check_prompts(prompts)
         outputs = {

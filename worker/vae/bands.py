@@ -23,6 +23,8 @@ from worker.vae.rows import ROW, group_norm, neighbours
 # diffusers' classes that run so; each is compared with the whole in tests/test_vae_parallel.py.
 BANDED = ("AutoencoderKLCogVideoX", "AutoencoderKLMochi", "AutoencoderDC")
 OF_ALL_PLACES = ("SanaMultiscaleLinearAttention",)
+# Convolve a large input in parts: how many depends on a band's size, and all ranks must exchange as often.
+IN_PARTS = ("CogVideoXSafeConv3d",)
 
 
 class Bands(TorchFunctionMode):
@@ -34,6 +36,8 @@ class Bands(TorchFunctionMode):
         for child in module.modules():
             if type(child).__name__ in OF_ALL_PLACES:
                 child.forward = _on_all_rows(child.forward, self)
+            elif type(child).__name__ in IN_PARTS:
+                child.forward = _extended_once(child, self)
 
     def run(
         self, whole: torch.Tensor, rows: int, work: Callable[[torch.Tensor], torch.Tensor]
@@ -70,7 +74,7 @@ class Bands(TorchFunctionMode):
         if len(sides) < 4 or not any(sides[2:4]):
             return F.pad(band, sides, mode, value)
         beside = [*sides[:2], 0, 0, *sides[4:]]
-        return self._extended(F.pad(band, beside, mode, value), sides[2], sides[3], mode, value)
+        return self.extended(F.pad(band, beside, mode, value), sides[2], sides[3], mode, value)
 
     def group_norm(
         self,
@@ -123,11 +127,11 @@ class Bands(TorchFunctionMode):
         dimensions = weight.ndim - 2
         around = [padding] * dimensions if isinstance(padding, int) else list(padding)
         if around[ROW]:
-            band = self._extended(band, around[ROW], around[ROW])
+            band = self.extended(band, around[ROW], around[ROW])
             around[ROW] = 0
         return convolve(band, weight, bias, stride, around, dilation, groups)
 
-    def _extended(
+    def extended(
         self, band: torch.Tensor, above: int, below: int, mode: str = "constant", value: float | None = None
     ) -> torch.Tensor:
         """The band between rows of its neighbours; where the picture ends, padded."""
@@ -157,6 +161,17 @@ def _on_all_rows(
     def call(band: torch.Tensor) -> torch.Tensor:
         with bands.all_rows():
             return bands.own(forward(bands.gathered(band))).contiguous()
+
+    return call
+
+
+def _extended_once(convolution: nn.Conv3d, bands: Bands) -> Callable[[torch.Tensor], torch.Tensor]:
+    *before, rows, beside = convolution.padding
+    forward, convolution.padding = convolution.forward, (*before, 0, beside)
+
+    def call(band: torch.Tensor) -> torch.Tensor:
+        with bands.all_rows():
+            return forward(bands.extended(band, rows, rows) if rows else band)
 
     return call
 
