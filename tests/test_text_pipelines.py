@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig
@@ -260,15 +262,42 @@ def test_a_wrong_folder_is_named(folders: Folders, tmp_path: Path, what: str):
         opened(folder)
 
 
-def test_a_missing_tensor_is_named(folders: Folders, tmp_path: Path):
-    from safetensors.torch import load_file, save_file
-
-    folder = shutil.copytree(folders["CogVideoXPipeline"][1], tmp_path / "folder")
-    (file,) = (folder / "text_encoder").glob("*.safetensors")
+def changed(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(file)
-    del tensors["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    change(tensors)
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(
-        InvalidInput, match=r"lacks 1 of the tensors of T5EncoderModel, encoder\.block\.1\.layer\.0\.Self"
-    ):
+
+
+QUERY = "encoder.block.1.layer.0.SelfAttention.q.weight"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.pop(QUERY), lambda t: t.update({QUERY: torch.zeros(8, 8)})], ids=["no", "another"]
+)
+def test_a_missing_tensor_is_named(folders: Folders, tmp_path: Path, change: Any):
+    """Or one of another shape: transformers alone would draw either at random."""
+    folder = shutil.copytree(folders["CogVideoXPipeline"][1], tmp_path / "folder")
+    changed(folder / "text_encoder" / "model.safetensors", change)
+    with pytest.raises(InvalidInput, match=rf"lacks 1 of the tensors of T5EncoderModel, or .*{QUERY} first"):
         opened(folder)
+
+
+def test_what_nobody_asks_for_may_be_missing(folders: Folders, tmp_path: Path):
+    pipeline, folder = folders["HunyuanDiTPipeline"]
+    folder = shutil.copytree(folder, tmp_path / "folder")
+    changed(
+        folder / "text_encoder" / "model.safetensors",
+        lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("pooler.")],
+    )
+    prompt = PROMPTS["short"]
+    check(encoded(opened(folder), (prompt, 1.0)), expected(pipeline, prompt))
+
+
+def test_a_damaged_configuration_is_named(folders: Folders, tmp_path: Path):
+    folder = shutil.copytree(folders["CogVideoXPipeline"][1], tmp_path / "folder")
+    for text in ("{", '{"model_type": "t5", "num_layers": "two"}'):
+        (folder / "text_encoder" / "config.json").write_text(text)
+        with pytest.raises(
+            InvalidInput, match=r"config\.json is none of a T5EncoderModel .*download it again"
+        ):
+            opened(folder)

@@ -64,18 +64,7 @@ class Encoder:
 
     def load(self) -> None:
         """Read weights (as in the file on a GPU, as fp32 on CPU) and vocabulary."""
-        import transformers
-
-        cls = getattr(transformers, self._class)
-        self._module, told = cls.from_pretrained(
-            self._folder, dtype=self._dtype, local_files_only=True, output_loading_info=True
-        )
-        missing = sorted(told["missing_keys"])
-        if missing:
-            raise InvalidInput(
-                f"{self._folder} lacks {len(missing)} of the tensors of {self._class}, {missing[0]} first; "
-                "download it again."
-            )
+        self._module = self._read()
         self._module.config.use_cache = False  # nothing is written on
         self._module.to(self._device).eval().requires_grad_(False)
         self._tokenizer.load()
@@ -100,6 +89,32 @@ class Encoder:
             raise not_finite(self._checkpoint, self._checkpoint.shapes, self._dtype, str(self._folder))
         states, mask = self._without(states.flatten(0, 1)[None], mask.flatten()[None], dropped)
         return Encoded(states, mask, None if pooled is None else pooled[:1], self._note(rows))
+
+    def _read(self) -> torch.nn.Module:
+        """The encoder, if the file has all of it: transformers would fill the rest with random numbers."""
+        import transformers
+
+        cls = getattr(transformers, self._class)
+        try:
+            config = cls.config_class.from_pretrained(self._folder, local_files_only=True)
+        except Exception as error:  # of many classes, some of them of other packages
+            words = " ".join(str(error).split())
+            raise InvalidInput(
+                f"{self._folder / 'config.json'} is none of a {self._class} ({words}); download it again."
+            ) from error
+        module, told = cls.from_pretrained(
+            self._folder, config=config, dtype=self._dtype, local_files_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        # What a BERT pools is asked for by no pipeline here, and some files lack it.
+        missing = sorted(key for key in told["missing_keys"] if not key.startswith("pooler."))
+        missing += sorted(key for key, *_ in told["mismatched_keys"])
+        if missing:
+            raise InvalidInput(
+                f"{self._folder} lacks {len(missing)} of the tensors of {self._class}, or has them in "
+                f"another shape than its config.json says, {missing[0]} first; download it again."
+            )
+        return module
 
     def _without(
         self, states: torch.Tensor, mask: torch.Tensor, dropped: range
