@@ -141,7 +141,7 @@ def latents() -> list[tuple[str, torch.Tensor, str]]:
 def sample_with(latent: torch.Tensor) -> None:
     layout = parallel_config("manual", "cpu,cpu", ulysses_degree=2)
     model, clip, _ = node_classes()["XDiTLoadPipeline"]().load("demo (comfy_xdit)", "default", layout)
-    cond, pooled = clip.encode({name: [[("a small red circle", 1.0)]] for name in ("l", "g")})
+    cond, pooled, _ = clip.encode({name: [[("a small red circle", 1.0)]] for name in ("l", "g")})
     conditioning = [[cond, {"pooled_output": pooled}]]
     node_classes()["XDiTSampler"]().sample(
         model, latent_image={"samples": latent}, steps=2, seed=0, cfg=3.0, sampler_name="euler",

@@ -54,7 +54,7 @@ def draw(
 
     def conditions(prompts: list[str]) -> dict[str, torch.Tensor]:
         encoded = [text.encode({name: [[(p, 1.0)]] for name in ("l", "g")}) for p in prompts]
-        return {"context": torch.cat([c for c, _ in encoded]), "y": torch.cat([p for _, p in encoded])}
+        return {"context": torch.cat([c for c, _, _ in encoded]), "y": torch.cat([p for _, p, _ in encoded])}
 
     def nets(start: int) -> tuple[AppliedControlNet, ...]:
         if net is None:

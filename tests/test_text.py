@@ -10,11 +10,12 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.spec import ModelSpec
 from tests import tiny
-from worker.text.encoders import Chunked, TextEncoders, chunk
+from worker.text.encoders import TextEncoders
+from worker.text.layout import Layout, joined, lay
 
 PIPELINE = Path(__file__).parent.parent / "assets" / "demo" / "pipeline"
 PROMPT = "a small red circle on the left on a blue background"
-RULE = Chunked(start=100, end=101, pad=102, longest=10, least=10)
+IN_ROWS = Layout(head=(100,), tail=(101,), pad=102, least=10, most=10, further=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +65,34 @@ def tokens(*ids: int) -> list[tuple[int, float]]:
     return [(i, 1.0) for i in ids]
 
 
-def test_chunks_have_start_end_and_padding():
-    assert chunk([tokens(1, 2)], RULE) == [tokens(100, 1, 2, 101, *[102] * 6)]
-    assert chunk([], RULE) == [tokens(100, 101, *[102] * 8)]
+def test_rows_have_special_tokens_and_padding():
+    laid = lay([tokens(1, 2)], IN_ROWS)
+    assert laid.rows == [tokens(100, 1, 2, 101, *[102] * 6)]
+    assert (laid.filled, laid.left_out) == ([4], [])
+    assert lay([], IN_ROWS).rows == [tokens(100, 101, *[102] * 8)]
 
 
 def test_a_short_group_moves_whole_and_a_long_one_is_cut():
-    short = chunk([tokens(*range(6)), tokens(20, 21, 22)], RULE)
-    assert short == [tokens(100, *range(6), 101, 102, 102), tokens(100, 20, 21, 22, 101, *[102] * 5)]
-    long = chunk([tokens(*range(12))], RULE)
-    assert long == [tokens(100, *range(8), 101), tokens(100, *range(8, 12), 101, *[102] * 4)]
+    short = lay([tokens(*range(6)), tokens(20, 21, 22)], IN_ROWS)
+    assert short.rows == [tokens(100, *range(6), 101, 102, 102), tokens(100, 20, 21, 22, 101, *[102] * 5)]
+    assert short.filled == [8, 5]
+    long = lay([tokens(*range(12))], IN_ROWS)
+    assert long.rows == [tokens(100, *range(8), 101), tokens(100, *range(8, 12), 101, *[102] * 4)]
 
 
-def test_t5_is_one_chunk_with_a_least_length():
-    t5 = Chunked(start=None, end=1, pad=0, longest=0, least=6)
-    assert chunk([tokens(7, 8)], t5) == [tokens(7, 8, 1, 0, 0, 0)]
-    assert len(chunk([tokens(*range(500))], t5)[0]) == 501
+def test_one_row_of_any_length_and_one_that_is_cut():
+    any_length = Layout(head=(), tail=(1,), pad=0, least=6)
+    assert lay([tokens(7, 8)], any_length).rows == [tokens(7, 8, 1, 0, 0, 0)]
+    assert len(lay([tokens(*range(500))], any_length).rows[0]) == 501
+    cut = lay([tokens(7, 8), tokens(9, 10)], Layout(head=(), tail=(1,), pad=0, least=4, most=4))
+    assert (cut.rows, cut.filled, cut.left_out) == ([tokens(7, 8, 9, 1)], [4], [10])
+
+
+def test_parts_of_one_weight_are_one_text_and_a_space_belongs_to_the_next_word():
+    parts = [("a ", 1.0), ("red", 1.0), (" big ", 1.5), ("circle ", 1.0)]
+    assert joined(parts) == [("a red", 1.0), (" big", 1.5), (" circle ", 1.0)]
+    assert joined([("a ", 1.0), ("red ", 1.5), ("b", 1.0)]) == [("a", 1.0), (" red", 1.5), (" b", 1.0)]
+    assert joined([]) == []
 
 
 def test_a_prompt_that_is_no_text_is_named(encoders):

@@ -57,9 +57,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "AutoencoderDC": {
         "latent_channels": 8, "attention_head_dim": 8, "encoder_block_out_channels": (16, 16, 32),
         "decoder_block_out_channels": (16, 16, 32), "encoder_layers_per_block": (1, 1, 1),
-        "decoder_layers_per_block": (1, 1, 1), "encoder_block_types": "ResBlock",
-        "decoder_block_types": "ResBlock",
-        "encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ()),
+        "decoder_layers_per_block": (1, 1, 1),
+        # The last stage attends to every place, as SANA's.
+        "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "encoder_qkv_multiscales": ((), (), (5,)), "decoder_qkv_multiscales": ((), (), (5,)),
     },
     "AutoencoderKLCogVideoX": {
         "latent_channels": 4, "block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4,
@@ -85,9 +87,6 @@ def build(name: str, config: dict[str, Any] | None = None, seed: int = 0) -> nn.
             shift = 1.0 if name.endswith(("var", "std")) else 0.0
             buffer.copy_(shift + 0.3 * torch.rand(buffer.shape, generator=generator))
     return module.eval().requires_grad_(False)
-
-
-WITHOUT_ADAPTER = ("AutoencoderDC", "AutoencoderKLCogVideoX", "AutoencoderKLMochi")
 
 
 def packing(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,9 +18,8 @@ from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.remote import RemoteTextEncoders, parse_weights, refuse_embeddings
 
 Prompts = dict[str, list[list[tuple[str, float]]]]
-# The names stock nodes ask for, whether the model has such an encoder or not, and what ComfyUI
-# calls the weights of each.
-ENCODERS = {"l": "clip_l", "g": "clip_g", "t5xxl": "t5xxl"}
+ASKED_FOR = ("l", "g", "t5xxl")  # by stock nodes, whether the model has such an encoder or not
+WEIGHTS = {"l": "clip_l", "g": "clip_g"}  # what ComfyUI calls an encoder's weights, where it is not its name
 
 
 def clip_of(remote: RemoteTextEncoders) -> comfy.sd.CLIP:
@@ -32,7 +32,7 @@ def clip_of(remote: RemoteTextEncoders) -> comfy.sd.CLIP:
     encoders = TextEncoders(remote)
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = encoders
-    clip.tokenizer = PromptReader()
+    clip.tokenizer = PromptReader(remote.info["encoders"])
     clip.patcher = RemotePatcher(
         encoders, management.text_encoder_device(), management.text_encoder_offload_device()
     )
@@ -48,8 +48,11 @@ def clip_of(remote: RemoteTextEncoders) -> comfy.sd.CLIP:
 class PromptReader:
     """Stands where a tokenizer stands: reads prompt weights; the tokens are made in the ranks."""
 
+    def __init__(self, encoders: Iterable[str]):
+        self._names = tuple(dict.fromkeys((*encoders, *ASKED_FOR)))
+
     def tokenize_with_weights(
-        self, text: str, return_word_ids: bool = False, tokenizer_options: Any = None, **_: Any
+        self, text: str, return_word_ids: bool = False, tokenizer_options: Any = None, **more: Any
     ) -> dict[str, list[list[tuple[Any, ...]]]]:
         """Per encoder one chunk of (text, weight), or (text, weight, piece number).
 
@@ -61,11 +64,16 @@ class PromptReader:
                 f"tokenizer options ({', '.join(tokenizer_options)}) are not in this version of comfy_xdit; "
                 "remove the node that sets them."
             )
+        if given := [name for name, value in more.items() if value is not None]:
+            raise InvalidInput(
+                f"a prompt with {', '.join(given)} is not in this version of comfy_xdit; encode it with "
+                "'CLIP Text Encode (Prompt)', or with a stock CLIP loader."
+            )
         refuse_embeddings(text)
         pieces = parse_weights(text)
         if return_word_ids:
             pieces = [(*piece, number) for number, piece in enumerate(pieces, 1)]
-        return {name: [list(pieces)] for name in ENCODERS}
+        return {name: [list(pieces)] for name in self._names}
 
     def state_dict(self) -> NoReturn:
         """Refused: the tokenizers are in the ranks."""
@@ -95,8 +103,10 @@ class TextEncoders(torch.nn.Module):
         if options.get("projected_pooled") is False:
             raise InvalidInput("an unprojected pooled output is not in this version of comfy_xdit.")
 
-    def encode_token_weights(self, tokens: Prompts) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What PromptReader made, to context (1, T, D) and pooled (1, P)."""
+    def encode_token_weights(
+        self, tokens: Prompts
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """What PromptReader made, to context (1, T, D), pooled (1, P) and a CONDITIONING's other entries."""
         remote = getattr(self, HANDLE)
         prompts = {
             name: [[(piece[0], piece[1]) for piece in chunk] for chunk in tokens[name]]
@@ -104,18 +114,19 @@ class TextEncoders(torch.nn.Module):
             if name in tokens
         }
         with interruptible():
-            context, pooled = remote.encode(prompts, interrupted=interrupted)
+            context, pooled, options = remote.encode(prompts, interrupted=interrupted)
         device = comfy.model_management.intermediate_device()
-        return context.to(device), None if pooled is None else pooled.to(device)
+        options = {name: tensor.to(device) for name, tensor in options.items()}
+        return context.to(device), None if pooled is None else pooled.to(device), options
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
         """Meta tensors under ComfyUI's names, so that a LoRA attaches and is refused, not lost."""
         remote = getattr(self, HANDLE)
-        folders = sorted(Path(remote.spec.path).glob("text_encoder*"))
+        root = Path(remote.spec.path)
         return {
-            f"{ENCODERS[name]}.transformer.{key}": tensor
-            for name, folder in zip(remote.info["encoders"], folders, strict=True)
-            for file in sorted(folder.glob("*.safetensors"))
+            _weight_name(name, key): tensor
+            for name, folder in remote.info["encoders"].items()
+            for file in sorted((root / folder).glob("*.safetensors"))
             for key, tensor in read_header(file).items()
         }
 
@@ -126,6 +137,12 @@ class TextEncoders(torch.nn.Module):
     def load_sd(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: the weights are in the ranks."""
         _refuse_saving()
+
+
+def _weight_name(encoder: str, key: str) -> str:
+    """ComfyUI's name of a tensor in a folder. transformers 5 writes a CLIP without its first word."""
+    lacks = encoder in WEIGHTS and not key.startswith(("text_model.", "text_projection."))
+    return f"{WEIGHTS.get(encoder, encoder)}.transformer.{'text_model.' if lacks else ''}{key}"
 
 
 def _refuse_saving() -> NoReturn:

@@ -66,8 +66,8 @@ class CLIPTextEncode:
         return {"required": {"text": _text(), "clip": ("CLIP",)}}
 
     def encode(self, text: str, clip: RemoteTextEncoders) -> tuple[list[Any]]:
-        """[[context (1, T, D), {"pooled_output": (1, P)}]]."""
-        return (encode_prompt(clip, {"l": text, "g": text, "t5xxl": text}),)
+        """[[context (1, T, D), {"pooled_output": (1, P) or None, and what else the model takes}]]."""
+        return (encode_prompt(clip, text, {}),)
 
 
 class CLIPTextEncodeFlux:
@@ -84,7 +84,7 @@ class CLIPTextEncodeFlux:
 
     def encode(self, clip: RemoteTextEncoders, clip_l: str, t5xxl: str, guidance: float) -> tuple[list[Any]]:
         """[[context, {"pooled_output", "guidance"}]]."""
-        return (_with_option(encode_prompt(clip, {"l": clip_l, "t5xxl": t5xxl}), "guidance", guidance),)
+        return (_with_option(encode_prompt(clip, "", {"l": clip_l, "t5xxl": t5xxl}), "guidance", guidance),)
 
 
 class FluxGuidance:
@@ -327,19 +327,19 @@ class PreviewImage(SaveImage):
         return super().save_images(images, "ComfyUI_preview", **run)
 
 
-def encode_prompt(clip: RemoteTextEncoders, texts: dict[str, str]) -> list[Any]:
-    """CONDITIONING for one text per encoder (l, g, t5xxl).
+def encode_prompt(clip: RemoteTextEncoders, text: str, texts: dict[str, str]) -> list[Any]:
+    """CONDITIONING for one text per encoder, by name; `text` is for those that `texts` does not name.
 
     Raises:
         InvalidInput: `clip` is none of the pack's, or a text names an embedding file.
     """
     remote = HEADLESS.remote_of(clip)
-    for text in texts.values():
-        refuse_embeddings(text)
+    for prompt in (text, *texts.values()):
+        refuse_embeddings(prompt)
     info = remote.info or remote.load(interrupted=HEADLESS.interrupted)
-    prompts = {name: [parse_weights(texts[name])] for name in info["encoders"] if name in texts}
-    context, pooled = remote.encode(prompts, interrupted=HEADLESS.interrupted)
-    return [[context, {"pooled_output": pooled}]]
+    prompts = {name: [parse_weights(texts.get(name, text))] for name in info["encoders"]}
+    context, pooled, options = remote.encode(prompts, interrupted=HEADLESS.interrupted)
+    return [[context, {"pooled_output": pooled, **options}]]
 
 
 def _guidance() -> tuple[str, dict[str, Any]]:

@@ -254,9 +254,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodeText:
-    """Encode a prompt. `prompts` maps an encoder (l, g, t5xxl) to chunks of (text, weight).
+    """Encode a prompt. `prompts` maps an encoder (l, g, t5xxl ...) to chunks of (text, weight).
 
-    Answer: {"cond": (1, T, D), "pooled": (1, P)}.
+    Answer: {"cond": (1, T, D), "pooled": (1, P) or None, "options": other tensors of a CONDITIONING by name,
+    "notes": sentences on what was left out}.
     """
 
     spec: ModelSpec

@@ -17,7 +17,7 @@ CONTROL_TYPES = {
     "none": None, "canny (0)": 0, "tile (1)": 1, "depth (2)": 2, "blur (3)": 3, "pose (4)": 4, "gray (5)": 5,
     "low quality (6)": 6, "mode 7": 7, "mode 8": 8, "mode 9": 9,
 }  # fmt: skip
-STAMPED = (".safetensors", ".json", ".txt")  # what of a folder makes it another model
+STAMPED = (".safetensors", ".json", ".txt", ".model")  # what of a folder makes it another model
 _VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)""", re.MULTILINE)
 File = TypeVar("File", bound="AdapterFile")
 

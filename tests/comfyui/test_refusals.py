@@ -152,9 +152,13 @@ def test_tokenizer_options_and_unprojected_vectors_are_refused(comfyui):
     from comfy_xdit.remote.text import RemoteTextEncoders
 
     with pytest.raises(InvalidInput, match=r"tokenizer options \(t5xxl_min_length\).*remove the node"):
-        PromptReader().tokenize_with_weights("a", tokenizer_options={"t5xxl_min_length": 3})
+        PromptReader(()).tokenize_with_weights("a", tokenizer_options={"t5xxl_min_length": 3})
+    with pytest.raises(
+        InvalidInput, match=r"a prompt with llama_template is not in this version.*stock CLIP"
+    ):
+        PromptReader(()).tokenize_with_weights("a", llama_template="{}", images=None)
     with pytest.raises(InvalidInput, match=r"cannot be saved or merged.*stock loader"):
-        PromptReader().state_dict()
+        PromptReader(()).state_dict()
     encoders = TextEncoders(RemoteTextEncoders(ModelSpec("", "text_encoders"), layout(1), {"encoders": ()}))
     with pytest.raises(InvalidInput, match="unprojected pooled output is not in this version"):
         encoders.set_clip_options({"projected_pooled": False})

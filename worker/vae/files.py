@@ -14,6 +14,7 @@ PREFIXES = ("", "first_stage_model.", "vae.")  # a whole checkpoint holds the VA
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers names the file in its folders
 GROUPS = 32  # of every group norm in the original releases
 ASIDE = ("num_batches_tracked",)  # counts training steps; not every file has it
+OF_FRAMES = ("LattePipeline",)  # draw videos with a VAE of pictures, frame by frame
 
 # What a file that the ranks cannot run is told by.
 FOREIGN = {
@@ -29,12 +30,17 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class StoredVAE:
-    """A VAE on disk: diffusers' class for it, that class's arguments, and where each tensor is."""
+    """A VAE on disk: diffusers' class for it, that class's arguments, and where each tensor is.
+
+    Args:
+        of_frames: its pipeline draws videos, and the class knows pictures: every frame is one.
+    """
 
     cls: str
     config: dict[str, Any]
     mapping: dict[str, Source]
     checkpoint: Checkpoint
+    of_frames: bool = False
 
 
 def find(path: Path) -> StoredVAE:
@@ -49,12 +55,14 @@ def find(path: Path) -> StoredVAE:
     if not path.is_dir() and not described:
         return _of_file(path)
     folder = path if path.is_dir() else path.parent
-    folder = folder / "vae" if (folder / "model_index.json").exists() else folder
+    index = folder / "model_index.json"
+    of_frames = index.exists() and read_json(index).get("_class_name") in OF_FRAMES
+    folder = folder / "vae" if index.exists() else folder
     config = read_json(folder / "config.json")
     checkpoint = Checkpoint.at(folder if path.is_dir() else path)
     mapping = {_renamed(name, _OLD): Source(name) for name in checkpoint.shapes}
     cls = str(config.get("_class_name", "model without a class name"))
-    return StoredVAE(cls, config, mapping, checkpoint)
+    return StoredVAE(cls, config, mapping, checkpoint, of_frames)
 
 
 def _of_file(path: Path) -> StoredVAE:

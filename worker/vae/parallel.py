@@ -27,10 +27,10 @@ from distvae.vae import (
 )
 from torch import nn
 
+from worker.vae.bands import BANDED, Bands
 from worker.vae.rows import use_lean_layers
 
 HEIGHT = -2  # rows are along it
-Coder = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SpreadVAE:
@@ -45,7 +45,7 @@ class SpreadVAE:
         self._ranks = 1 if group is None else dist.get_world_size(group)
         self._rank = 0 if group is None else dist.get_rank(group)
         self._tiled = _shared_copy(module)
-        self._rows = None
+        self._rows, self._bands = None, None
         if group is None:
             return
         self._context = parallel_context(group, HEIGHT, ndim=4)
@@ -59,6 +59,9 @@ class SpreadVAE:
             parallelize_encoder(self._rows, group)
             _cut_bands(self._rows, spatial)
             use_lean_layers(self._rows, self._context)
+        elif type(module).__name__ in BANDED:
+            self._rows = _shared_copy(module)
+            self._bands = Bands(self._rows, self._context)
 
     def ranks_for(self, rows: int) -> int:
         """How many ranks decode or encode a picture of so many latent rows, when it is not tiled."""
@@ -69,14 +72,14 @@ class SpreadVAE:
         if tile:
             with _tiles_of(self._tiled, tile):
                 return self._decode_tiles(latent)
-        coder = self._coder(latent.shape[HEIGHT])
-        return None if coder is None else coder.decode(latent, return_dict=False)[0]
+        return self._by_rows(
+            latent, latent.shape[HEIGHT], lambda vae, part: vae.decode(part, return_dict=False)[0]
+        )
 
     def encode(self, pixels: torch.Tensor, tile: int, rows: int) -> torch.Tensor | None:
         """diffusers' encode of one picture or video of `rows` latent rows: the posterior's mean."""
         if not tile:
-            coder = self._coder(rows)
-            return None if coder is None else _mean(coder.encode(pixels))
+            return self._by_rows(pixels, rows, lambda vae, part: _mean(vae.encode(part)))
         if self._rank > 0:  # nobody spreads the tiles of an encoder
             return None
         with _tiles_of(self._tiled, tile):
@@ -90,10 +93,15 @@ class SpreadVAE:
                 for block in blocks:
                     block.register_forward_pre_hook(lambda *_: pause())
 
-    def _coder(self, rows: int) -> nn.Module | None:
-        if self.ranks_for(rows) > 1:
-            return self._rows
-        return self.whole if self._rank == 0 else None
+    def _by_rows(
+        self, whole: torch.Tensor, rows: int, work: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """`work` on a tensor of so many latent rows, by all ranks if there are rows enough."""
+        if self.ranks_for(rows) == 1:
+            return work(self.whole, whole) if self._rank == 0 else None
+        if self._bands is None:
+            return work(self._rows, whole)
+        return self._bands.run(whole, rows, lambda band: work(self._rows, band))
 
     def _decode_tiles(self, latent: torch.Tensor) -> torch.Tensor:
         if self._group is None or "tiled_decode" in vars(self._tiled):

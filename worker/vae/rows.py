@@ -64,29 +64,42 @@ class RowGroupNorm(nn.Module):
         self._groups, self._eps = norm.num_groups, norm.eps
 
     def forward(self, band: torch.Tensor) -> torch.Tensor:
-        """(B, C, [T,] rows, W), normalised over everything but batch and groups of channels."""
-        batch, channels = band.shape[:2]
-        mean, variance = self._joined(*_moments(band.reshape(batch, self._groups, -1)))
-        each = channels // self._groups
-        # Known statistics per channel are what a batch norm takes; pictures of a batch become channels.
-        mean, variance = (part.repeat_interleave(each, dim=1).flatten() for part in (mean, variance))
-        weight, bias = (part.float().repeat(batch) for part in (self.weight, self.bias))
-        rows = band.reshape(1, batch * channels, *band.shape[2:])
-        rows = F.batch_norm(rows, mean.float(), variance.float(), weight, bias, False, 0.0, self._eps)
-        return rows.view(band.shape)
+        """As `group_norm`."""
+        return group_norm(band, self._groups, self.weight, self.bias, self._eps, self._context)
 
-    def _joined(
-        self, places: float, mean: torch.Tensor, variance: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance, (B, groups), of all bands (Chan, Golub and LeVeque, 1979)."""
-        own = torch.stack([torch.full_like(mean, places), mean, variance])
-        bands = [torch.empty_like(own) for _ in range(self._context.world_size)]
-        with communication:
-            dist.all_gather(bands, own, group=self._context.group)
-        count, means, variances = torch.stack(bands).double().unbind(1)
-        weights = count / count.sum(0)
-        mean = (weights * means).sum(0)
-        return mean, (weights * (variances + (means - mean) ** 2)).sum(0)
+
+def group_norm(
+    band: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    context: ParallelContext,
+) -> torch.Tensor:
+    """(B, C, [T,] rows, W), normalised over everything but batch and groups of channels."""
+    batch, channels = band.shape[:2]
+    mean, variance = _joined(*_moments(band.reshape(batch, groups, -1)), context)
+    each = channels // groups
+    # Known statistics per channel are what a batch norm takes; pictures of a batch become channels.
+    mean, variance = (part.repeat_interleave(each, dim=1).flatten() for part in (mean, variance))
+    weight, bias = (part.float().repeat(batch) for part in (weight, bias))
+    rows = band.reshape(1, batch * channels, *band.shape[2:])
+    rows = F.batch_norm(rows, mean.float(), variance.float(), weight, bias, False, 0.0, eps)
+    return rows.view(band.shape)
+
+
+def _joined(
+    places: float, mean: torch.Tensor, variance: torch.Tensor, context: ParallelContext
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance, (B, groups), of all bands (Chan, Golub and LeVeque, 1979)."""
+    own = torch.stack([torch.full_like(mean, places), mean, variance])
+    bands = [torch.empty_like(own) for _ in range(context.world_size)]
+    with communication:
+        dist.all_gather(bands, own, group=context.group)
+    count, means, variances = torch.stack(bands).double().unbind(1)
+    weights = count / count.sum(0)
+    mean = (weights * means).sum(0)
+    return mean, (weights * (variances + (means - mean) ** 2)).sum(0)
 
 
 def _moments(values: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
@@ -112,21 +125,21 @@ def use_lean_layers(rows: nn.Module, context: ParallelContext) -> None:
 
 
 def neighbours(
-    band: torch.Tensor, context: ParallelContext
+    band: torch.Tensor, context: ParallelContext, above: int = 1, below: int = 1
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The row above a band and the row below it; None beyond the edge of the picture."""
-    first, last = band.narrow(ROW, 0, 1), band.narrow(ROW, band.shape[ROW] - 1, 1)
+    """So many rows above a band and below it; None where there are none: beyond the edge of the picture."""
+    # What the one above gets is what a rank has of the one below, and the other way round.
+    first, last = band.narrow(ROW, 0, below), band.narrow(ROW, band.shape[ROW] - above, above)
     operations, received = [], []
-    for other, own in ((context.rank - 1, first), (context.rank + 1, last)):
-        if not 0 <= other < context.world_size:
-            received.append(None)
-            continue
-        rank = context.global_rank(other)
-        received.append(own.new_empty(own.shape))
-        operations += [
-            dist.P2POp(dist.isend, own.contiguous(), rank, group=context.group),
-            dist.P2POp(dist.irecv, received[-1], rank, group=context.group),
-        ]
+    for other, own, rows in ((context.rank - 1, first, above), (context.rank + 1, last, below)):
+        beyond = not 0 <= other < context.world_size
+        shape = (*band.shape[:ROW], rows, band.shape[-1])
+        received.append(None if beyond or not rows else band.new_empty(shape))
+        rank = None if beyond else context.global_rank(other)
+        if rank is not None and own.numel():
+            operations.append(dist.P2POp(dist.isend, own.contiguous(), rank, group=context.group))
+        if received[-1] is not None:
+            operations.append(dist.P2POp(dist.irecv, received[-1], rank, group=context.group))
     with communication:
         for work in dist.batch_isend_irecv(operations):
             work.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class VAE:
         self._shapes = _shapes(self._module)
         _check_complete(self._shapes, self._stored, spec.path)
         self._family = AUTOENCODERS[self._stored.cls]
-        self.geometry = self._family.geometry(self._module)
+        geometry = self._family.geometry(self._module)
+        self.geometry = replace(geometry, temporal=1) if self._stored.of_frames else geometry
         self.dtype = _dtype(spec.weight_dtype, self._stored, groups.device)
         self.nbytes = sum(math.prod(shape) for shape in self._shapes.values()) * self.dtype.itemsize
         self._run: Run | None = None
@@ -124,6 +126,9 @@ class VAE:
         return None if latents is None else {"latent": latents, "ranks": ranks}
 
     def _each(self, batch: torch.Tensor, work: Any, run: Run, tile: int) -> torch.Tensor | None:
+        frames = batch.shape[2] if self._stored.of_frames else 0
+        if frames:
+            batch = batch.movedim(2, 1).flatten(0, 1)
         if tile:  # memory was short, or is
             give_back(self._groups.device)
         done, self._run = [], run
@@ -139,7 +144,7 @@ class VAE:
         if self._groups.any(result is not None and not torch.isfinite(result).all()):
             keys = [self._stored.mapping[name].key for name in self._shapes]
             raise not_finite(self._stored.checkpoint, keys, self.dtype, self._path)
-        return result
+        return result.unflatten(0, (-1, frames)).movedim(1, 2) if done and frames else result
 
     def _pause(self) -> None:
         if self._run is not None:
