@@ -35,9 +35,10 @@ def spec_of(path: Path, weight_dtype: str, checkpoint: bool = False) -> ModelSpe
     if not path.is_file():
         return ModelSpec.of(path, "transformer", weight_dtype)
     refuse_foreign(read_header(path), path.name)
+    if is_gguf(path):  # the ranks know more of it
+        return ModelSpec.of(path, "transformer", weight_dtype, host_comfyui())
     found = detect(path, checkpoint)
-    may_be = os.environ.get(FORCED) != "comfyui" and not is_gguf(path)
-    plain = may_be and _is_plain(found.tensors, weight_dtype)
+    plain = os.environ.get(FORCED) != "comfyui" and _is_plain(found.tensors, weight_dtype)
     name = type(found.config).__name__ if plain else ""
     return ModelSpec.of(path, "transformer", weight_dtype, host_comfyui(), name, found.checkpoint)
 

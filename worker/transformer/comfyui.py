@@ -94,10 +94,10 @@ class ComfyUITransformer:
 
     @property
     def _bytes(self) -> int:
-        tensors = self._detected.tensors.values()
+        tensors = self._detected.tensors
         if self._degrees.stages > 1:
             outside = without_others(self._outline.diffusion_model, self._own_outline)
-            tensors = [t for name, t in named(self._detected).items() if not name.startswith(outside)]
+            tensors = {n: t for n, t in named(self._detected).items() if not n.startswith(outside)}
         return kept_bytes(self._detected, tensors)
 
     @cached_property

@@ -13,7 +13,7 @@ from torch import nn
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.outline import META, of_file, on_meta
 from worker.models.comfyui.detection import Detected, named
-from worker.models.comfyui.formats import MADE_BY_LAYERS, fill_layers, make_weights
+from worker.models.comfyui.formats import MADE_BY_LAYERS, copied, fill_layers, make_weights
 
 # Smaller parameters are built where they are computed, with the buffers that no file holds.
 LARGE = 65_536  # elements
@@ -111,7 +111,7 @@ def _fill(
     left = {name: tensors.pop(name) for name in elsewhere if name in tensors}
     if detected.quantised and _is_on_cpu(module):
         layers = dict(module.named_modules())  # a stage has some of them
-        tensors = {n: t.clone() if n.rpartition(".")[0] in layers else t for n, t in tensors.items()}
+        tensors = {n: copied(t) if n.rpartition(".")[0] in layers else t for n, t in tensors.items()}
     missing, _ = module.load_state_dict(tensors, strict=False)
     parameters = dict(module.named_parameters())
     lacking = [name for name in missing if name in parameters and name not in left]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.gguf_header import is_gguf
 from comfy_xdit.protocol.outline import MISFITS, of_file
+from comfy_xdit.protocol.quantised import MARKS
 from worker.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
@@ -141,11 +141,15 @@ def _alone(checkpoint: Checkpoint | GGUFFile, path: str) -> Seen:
     return config, tensors, "", *counted
 
 
-def kept_bytes(detected: Detected, tensors: Iterable[torch.Tensor]) -> int:
-    """What these tensors of its file take in a rank."""
+def kept_bytes(detected: Detected, tensors: Tensors) -> int:
+    """What these tensors of its file take in a rank: as stored in layers that have a format of their own."""
     size = detected.dtype.itemsize
-    as_stored = detected.quantised
-    return sum(t.nbytes if as_stored or _is_packed(t) else t.numel() * size for t in tensors)
+    formatted = {name.rpartition(".")[0] for name in tensors if detected.quantised and name.endswith(MARKS)}
+
+    def is_as_stored(name: str, tensor: torch.Tensor) -> bool:
+        return name.rpartition(".")[0] in formatted or _is_packed(tensor)
+
+    return sum(t.nbytes if is_as_stored(n, t) else t.numel() * size for n, t in tensors.items())
 
 
 def _config(tensors: Tensors, metadata: dict[str, str]) -> tuple[Any, Tensors]:

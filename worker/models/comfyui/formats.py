@@ -13,8 +13,19 @@ from torch import nn
 
 from worker.models.comfyui.detection import Tensors
 
+ALIGNMENT = 64  # bytes: of what the widest instructions read at once
 # Parameters that a layer sets to 1 itself, where the file does not scale it.
 MADE_BY_LAYERS = (".scale_weight", ".scale_input")
+
+
+def copied(view: torch.Tensor) -> torch.Tensor:
+    """A view of a file in memory of its own, aligned as it lies there: kernels for a CPU differ by that."""
+    room = torch.empty(view.nbytes + ALIGNMENT, dtype=torch.uint8)
+    begin = (view.data_ptr() - room.data_ptr()) % ALIGNMENT
+    if begin % view.itemsize:
+        return view.clone()
+    own = room[begin : begin + view.nbytes].view(view.dtype).view(view.shape)
+    return own.copy_(view)
 
 
 def make_weights(module: nn.Module, tensors: Tensors) -> None:
@@ -27,12 +38,12 @@ def make_weights(module: nn.Module, tensors: Tensors) -> None:
 
 
 def fill_layers(
-    module: nn.Module, tensors: Tensors, elsewhere: Collection[str], copied: bool
+    module: nn.Module, tensors: Tensors, elsewhere: Collection[str], apart: bool
 ) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Copy the weights into `module`, and have no more than one layer's in memory besides.
 
     Args:
-        copied: layers get copies of `tensors`.
+        apart: layers get copies of `tensors`.
 
     Yields:
         Names of parameters `elsewhere`, which are left as they are, with what they are to be; and of those
@@ -45,8 +56,8 @@ def fill_layers(
     for name, layer in module.named_modules():
         before, prefix = dict(layer._parameters), f"{name}." if name else ""
         own_tensors = stored.get(name, {})
-        if copied:
-            own_tensors = {key: tensor.clone() for key, tensor in own_tensors.items()}
+        if apart:
+            own_tensors = {key: copied(tensor) for key, tensor in own_tensors.items()}
         lacking = _give(layer, name, own_tensors)
         for leaf, own in before.items():
             if leaf in lacking:
