@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks.users.studies import KEPT_RESTART, RESTART, switchings
 from comfy_xdit.planning.published import PUBLISHED
 from comfy_xdit.protocol.rpc import DESCRIPTORS, RANK_DESCRIPTORS
+from comfy_xdit.ranks.deadlines import FIRST_WORK_SECONDS
 from comfy_xdit.ranks.holders import LINGER_SECONDS
 from comfy_xdit.ranks.logs import KEPT
 
@@ -34,6 +35,8 @@ def figures() -> dict[str, float]:
         "cold_10": 10 * flux / STORAGE,
         "cold_100": 100 * flux / STORAGE / 60,
         "cold_1000": 1000 * flux / STORAGE / 3600,
+        "first_work": FIRST_WORK_SECONDS,
+        "hosts_in_time": int(FIRST_WORK_SECONDS * STORAGE / flux) + 1,
         "fault_hours": GPU_HOURS_PER_FAULT / 8000,
         "fault_days": GPU_HOURS_PER_FAULT / 80 / 24,
     }
