@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.users import checks, fleet, plots, studies, tables, theory
-from benchmarks.users.__main__ import DOCUMENT
+from benchmarks.users import checks, fleet, plots, studies, theory
 from benchmarks.users.estimates import of_batches, percentile
 from benchmarks.users.hosts import FREE, LINGER_SECONDS, Host, Service, Switching
 from benchmarks.users.jobs import Job, poisson
@@ -136,18 +134,6 @@ def test_the_same_seed_gives_the_same_requests_and_tables():
     assert latencies() != latencies(rate=1.0)
     first, second = ([j.kind for j in poisson(rate, fleet.PICTURES, 100, 3)] for rate in (1.0, 9.0))
     assert first == second != [j.kind for j in poisson(1.0, fleet.PICTURES, 100, 4)]
-
-
-def test_the_page_is_what_the_command_writes():
-    """Its tables that take no long run; the others come of the same seed in the same way."""
-    page = DOCUMENT.read_text(encoding="utf-8")
-    gpus = int(re.search(r"The same cut of (\d+) GPUs", page)[1])
-    assert gpus == 10_000
-    for table in (
-        tables.services(), tables.capacities(), tables.in_theory(gpus), tables.over_two_machines(),
-        tables.cuts([next(studies.cuts())]).splitlines()[-1],
-    ):  # fmt: skip
-        assert table in page
 
 
 def test_more_gpus_per_group_are_faster_and_serve_less():
