@@ -7,7 +7,7 @@ TORCHAUDIO_LIBRARIES := $(COMFYUI_VENV)/lib/python*/site-packages/torchaudio/lib
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz faults soak restarts test-comfyui bench parity models simulate lint clean
+.PHONY: demo test fuzz faults soak restarts test-comfyui bench parity models simulate simulate-users lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m comfy_xdit demo
@@ -45,6 +45,10 @@ models: $(VENV)/.ready
 # The planner on described clusters against published latencies; writes docs/planner.md.
 simulate: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.simulation
+
+# Many users on many GPUs, by discrete events; writes docs/scale.md. No rank is started.
+simulate-users: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.users
 
 # All of it, about 20 minutes on two idle cores; some of it: make bench PARTS="seam twin"
 bench: $(VENV)/.ready
