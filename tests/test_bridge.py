@@ -225,3 +225,21 @@ def test_the_keys_of_the_store_are_those_that_docs_security_lists(host):
     assert not any("group" in key or "address" in key for key in keys), keys
     assert {key.partition("/")[0] for key in keys} <= {"commands", "events", "interrupt"}, keys
     assert ranks[1].group_store().get("address") == b"127.0.0.1"
+
+
+def test_a_segment_that_somebody_still_refers_to_holds_nothing_once_it_is_closed():
+    """An error in a call refers to the bridge, by its traceback; nodes, logs and histories keep errors."""
+
+    def held() -> list[str]:
+        links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        return [link for link in links if os.path.exists(link) and "/memfd" in os.readlink(link)]
+
+    before = held()
+    segment = Segment()
+    segment.write([torch.zeros(1 << 20)])
+    assert len(held()) == len(before) + 2, "its own, and the map's"
+
+    segment.close()
+
+    assert held() == before
+    assert (segment.beats, segment.heartbeat) == (0, 0.0), "asked by who has not heard of it yet"

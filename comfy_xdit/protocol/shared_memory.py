@@ -97,8 +97,10 @@ class Segment:
         struct.pack_into("<d", self._map, 8, now)
 
     def close(self) -> None:
-        """Close the file; the memory goes when the last map and view are gone."""
+        """Close the file; the memory goes when the last view is gone, whoever still refers to this."""
         os.close(self.descriptor)
+        # A map has a descriptor of its own, and an error that somebody keeps refers to what was in use.
+        self._map = bytearray(HEADER_BYTES)
 
     @property
     def beats(self) -> int:

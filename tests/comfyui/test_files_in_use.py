@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
 from tests.comfyui import loras
 from tests.comfyui.inputs import layout, one_step
-from tests.comfyui.test_comfyui_formats import FORMATS, NAME, call, reads
-from tests.comfyui.tiny_classes import write
+from tests.comfyui.test_comfyui_formats import FORMATS, call, load_ours, made
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +41,12 @@ def test_what_is_loaded_stays_and_a_lora_is_not_put_on_other_weights(comfyui, ru
 @pytest.mark.parametrize("form", FORMATS)
 def test_layers_in_formats_of_their_own_stay_as_they_were(comfyui, run_node, form):
     """They take tensors as the file has them, which on a CPU were views of it."""
-    if not reads(form):
-        pytest.skip("this ComfyUI does not read the format")
     folder = comfyui.models / "diffusion_models"
-    file = folder / f"written_over_{form}.safetensors"
-    tensors, metadata = FORMATS[form](load_file(folder / write(NAME, folder)))
-    save_file(tensors, file, metadata)
-    inputs = {"unet_name": file.name, "weight_dtype": "default", "parallel": layout(1)}
-    (model,) = run_node("XDiTLoadDiffusionModel", **inputs)
+    name = made(form, folder, words="_written_over")
+    model = load_ours(run_node, name)
     before = call(model)
 
-    write_over(file)
+    write_over(folder / name)
 
     assert torch.equal(call(model), before)
 
