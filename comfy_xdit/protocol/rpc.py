@@ -245,13 +245,16 @@ class Rank:
         """
         return dist.PrefixStore("group", dist.FileStore(f"/proc/self/fd/{self._meeting}", self.world_size))
 
-    def receive(self, device: torch.device | str) -> tuple[int, Any]:
-        """Wait for the next command; its tensors are copied to `device`."""
+    def receive(self, device: torch.device | str) -> tuple[int, Callable[[], Any]]:
+        """Wait for the next command: its job, and what gives the message, its tensors copied to `device`.
+
+        They are two, as tensors for which the device has no memory are no end of the rank.
+        """
         route = f"commands/{self.rank}"
         head = self._signer.open(self._commands.queue_pop(route))
         self._seen.check(head, (route,))
         self.beat()
-        return head["job"], rebuild(head["body"], self._inbound.read(head["tensors"], device))
+        return head["job"], lambda: rebuild(head["body"], self._inbound.read(head["tensors"], device))
 
     def send(self, job: int, message: Any) -> None:
         """Give `message`, the last of `job`, to the host.
