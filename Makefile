@@ -7,7 +7,7 @@ TORCHAUDIO_LIBRARIES := $(COMFYUI_VENV)/lib/python*/site-packages/torchaudio/lib
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test fuzz faults soak restarts test-comfyui bench parity models simulate simulate-users lint clean
+.PHONY: demo test fuzz faults soak restarts test-comfyui bench parity models simulate simulate-users wheels-gpu test-gpu bench-gpu lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m comfy_xdit demo
@@ -54,6 +54,17 @@ simulate-users: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks $(PARTS)
 
+# What a machine with a GPU and no network lacks, into .whl; then, there, each in under 10 minutes
+# (docs/gpu.md). XDIT_GPU_TESTS=cpu tests on CPU ranks what is the same code.
+wheels-gpu:
+	$(PYTHON) scripts/gpu_wheels.py
+
+test-gpu:
+	PYTHON=$(PYTHON) bash scripts/gpu.sh test
+
+bench-gpu:
+	PYTHON=$(PYTHON) bash scripts/gpu.sh bench
+
 # The same pack in a real ComfyUI: make test-comfyui COMFYUI_DIR=/path/to/ComfyUI
 # One environment per checkout: each wants its own front end.
 test-comfyui: $(COMFYUI_VENV)/.ready
@@ -82,4 +93,4 @@ $(COMFYUI_VENV)/.ready: pyproject.toml requirements.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-comfyui output build *.egg-info
+	rm -rf $(VENV) .venv-comfyui .venv-gpu .whl output build *.egg-info

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from comfy_xdit.protocol.messages import Denoise, Ready, Sample
 from comfy_xdit.protocol.rpc import Invitation, Rank
 from comfy_xdit.protocol.spec import ModelSpec
-from tests.deeds import be_ended, compile_for, compute, fail, hang, hang_with_the_interpreter
+from tests.deeds import address_space, be_ended, compile_for, compute, fail, hang, hang_with_the_interpreter
 from worker.__main__ import run
 from worker.loop import Run, serve
 
@@ -38,6 +38,12 @@ def answer_without_room() -> torch.Tensor:
     return torch.zeros(1 << 20)
 
 
+def keep_little_memory() -> None:
+    """Addresses for a small message."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + (96 << 20), most))
+
+
 DEEDS = {
     "nothing": lambda: None,
     "lose the heartbeat": lambda: None,
@@ -52,6 +58,7 @@ DEEDS = {
     "be ended": be_ended,
     "answer what cannot cross": lambda: {1, 2},
     "answer without room": answer_without_room,
+    "keep little memory": keep_little_memory,
 }
 
 

@@ -271,7 +271,7 @@ class Bridge:
     def _to_rank(self, sealed: bytes) -> Any:
         self._rogue.store.queue_push("commands/0", sealed)
         try:
-            return self._rank.receive("cpu")[1]
+            return self._rank.receive("cpu")[1]()
         except WorkerDied as error:
             return error
 

@@ -60,7 +60,7 @@ def test_a_command_that_makes_no_sense_is_an_error_of_ours(host, head):
     rank = Rank(host.invitation(0))
     Rogue(host).push("commands/0", "commands/0", 0, **head)
     with pytest.raises(WorkerDied, match="a message on commands/0 makes no sense"):
-        rank.receive("cpu")
+        rank.receive("cpu")[1]()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from worker.parallel.attention import seam
-from worker.parallel.attention.blockwise import Blockwise
+from worker.parallel.attention.blockwise import BIAS_ALIGNMENT, Blockwise, aligned
 from worker.parallel.attention.exchange import Exchange
 from worker.parallel.mesh import Mesh
 from worker.parallel.parts import Parts
@@ -103,3 +103,13 @@ def test_ulysses_hands_on_what_a_class_asks_of_its_attention():
     finally:
         seam.end()
     assert asked == [torch.float32]
+
+
+@pytest.mark.parametrize("keys", [5, 16, 33])
+def test_a_bias_for_a_gpu_is_one_row_of_memory_however_far_it_is_expanded(keys: int):
+    bias = torch.arange(float(keys)).expand(1, 1, 1, keys)
+    found = aligned(bias).expand(2, 24, 4096, keys)
+    assert torch.equal(found[1, 5, 7], bias[0, 0, 0])
+    assert found.untyped_storage().nbytes() <= 4 * (keys + BIAS_ALIGNMENT)
+    rows = aligned(torch.zeros(1, 1, 3, keys))
+    assert all(stride % BIAS_ALIGNMENT == 0 for stride in rows.stride()[:-1]) and rows.stride(-1) == 1

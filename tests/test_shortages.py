@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from comfy_xdit.protocol.errors import WorkerDied, XDiTError
+from comfy_xdit.protocol.errors import OutOfDeviceMemory, WorkerDied, XDiTError
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.rpc import Host
 from comfy_xdit.protocol.shared_memory import Segment
@@ -78,6 +79,19 @@ def test_ranks_start_when_there_is_enough_again():
             group.call(do("nothing"))
     try:
         assert group.call(do("nothing")).value is None
+    finally:
+        group.close()
+
+
+def test_a_message_that_a_rank_has_no_memory_for_is_an_error_and_no_end():
+    group = WorkerGroup(ParallelConfig(), program="tests.faulty_rank")
+    try:
+        group.call(do("keep little memory"))
+        pids = group.pids
+        with pytest.raises(OutOfDeviceMemory, match=r"no memory for the message[\s\S]*What needs less"):
+            group.call(do("nothing", given=torch.zeros(64 << 20)))
+        assert group.call(do("nothing")).value is None
+        assert group.pids == pids
     finally:
         group.close()
 

@@ -294,10 +294,22 @@ class Engine:
 
 
 def _memory(device: torch.device) -> dict[str, int]:
-    """Bytes: of this process in the machine's memory, and of this process and in all on its GPU."""
+    """Bytes: of this process in the machine's memory, and of this process and in all on its GPU.
+
+    `allocated` is in tensors now, `peak` was at most since the last time somebody asked.
+    """
     with open("/proc/self/statm", encoding="ascii") as pages:
         resident = int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if device.type != "cuda":
         return {"resident": resident}
     free, total = torch.cuda.mem_get_info(device)
-    return {"resident": resident, "gpu": torch.cuda.memory_reserved(device), "free": free, "total": total}
+    found = {
+        "resident": resident,
+        "gpu": torch.cuda.memory_reserved(device),
+        "allocated": torch.cuda.memory_allocated(device),
+        "peak": torch.cuda.max_memory_allocated(device),
+        "free": free,
+        "total": total,
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return found

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from comfy_xdit.protocol.errors import Interrupted, InvalidInput
+from comfy_xdit.protocol.errors import Interrupted, InvalidInput, WorkerDied
 from comfy_xdit.protocol.messages import Cancelled, Failure, Result, Stop
 from comfy_xdit.protocol.rpc import Rank
 from worker import log
@@ -84,13 +84,14 @@ def serve(
     log.begin(end.log, end.rank)
     log.note("serves", pid=os.getpid(), device=str(device), torch=torch.__version__)
     while True:
-        job, message = end.receive(device)
+        job, take = end.receive(device)
+        message, failure = _taken(take)
         if isinstance(message, Stop):
             log.note("was told to stop")
             return
         communication.restart(device)
         reporting.restart(torch.device("cpu"))
-        answer = _answer(handlers, message, Run(end, job, agree))
+        answer = failure or _answer(handlers, message, Run(end, job, agree))
         try:
             end.send(job, answer)
         except (TypeError, ValueError) as error:  # too long, or nothing that crosses: said in its place
@@ -100,6 +101,18 @@ def serve(
             answer = _failure(MemoryError(f"no memory for the answer: {error}"), invalid=False)
             end.send(job, answer)
         _note(type(message).__name__, job, answer)  # behind the answer: nobody waits for it
+
+
+def _taken(take: Callable[[], Any]) -> tuple[Any, Failure | None]:
+    """A message, or why this rank cannot have its tensors."""
+    try:
+        return take(), None
+    except WorkerDied:  # not of this group's host, or not to be read: the next one would not be either
+        raise
+    except (OSError, MemoryError) as error:  # the segment cannot be mapped as far as it has grown
+        return None, _failure(MemoryError(f"no memory for the message: {error}"), invalid=False)
+    except RuntimeError as error:  # torch's, of a GPU and of main memory
+        return None, _failure(error, invalid=False)
 
 
 def _answer(

@@ -251,8 +251,14 @@ class Rank:
         """
         return dist.PrefixStore("group", dist.FileStore(f"/proc/self/fd/{self._meeting}", self.world_size))
 
-    def receive(self, device: torch.device | str) -> tuple[int, Any]:
-        """Wait for the next command; its tensors are copied to `device`. Raises WorkerDied for no command."""
+    def receive(self, device: torch.device | str) -> tuple[int, Callable[[], Any]]:
+        """Wait for the next command: its job, and what gives the message, its tensors copied to `device`.
+
+        They are two, as tensors for which the device has no memory are no end of the rank.
+
+        Raises:
+            WorkerDied: it is no command of this group's host; what gives the message raises it too.
+        """
         route = f"commands/{self.rank}"
         sealed = self._commands.queue_pop(route)
         with _understood(route):
@@ -260,7 +266,12 @@ class Rank:
             self._seen.check(head, (route,))
             self.beat()
             job, body, entries = _parts(head)
-            return job, rebuild(body, self._inbound.read(entries, device))
+
+        def take() -> Any:
+            with _understood(route):
+                return rebuild(body, self._inbound.read(entries, device))
+
+        return job, take
 
     def send(self, job: int, message: Any) -> None:
         """Give `message`, the last of `job`, to the host.

@@ -33,6 +33,9 @@ MOST_FAILURES = 2  # then this host starts ranks as it always can
 POLL_SECONDS = 0.05
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _REPLY_BYTES = 4096
+# Of the process that imports, not of its forks: no threads, and a package that asks for GPUs is answered by
+# NVML, which leaves the driver closed.
+_IMPORTS = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
 class NoTemplate(Exception):
@@ -96,7 +99,7 @@ class Template:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker.template", str(theirs.fileno()), str(os.getpid())],
                 cwd=ROOT,
-                env=self.environment | {"OMP_NUM_THREADS": "1"},
+                env=self.environment | _IMPORTS,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

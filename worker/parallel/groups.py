@@ -21,6 +21,7 @@ from worker.parallel.attention.blockwise import WithLogSumExp
 from worker.parallel.mesh import Mesh, arrive, gather_parts
 from worker.parallel.parts import Shard
 from worker.parallel.pipeline import Pipeline
+from worker.parallel.staged import backend_of
 
 # Longer than any step; a hung peer is found by the host long before.
 COLLECTIVE = timedelta(minutes=30)
@@ -68,13 +69,13 @@ class RankGroups:
         self._control: dist.ProcessGroup | None = None
         self.pipeline: Pipeline | None = None
         if self.world_size > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            backend = backend_of(device)
             dist.init_process_group(
-                backend, store=end.group_store(), rank=self.rank, world_size=self.world_size,
-                timeout=COLLECTIVE,
+                "cpu:gloo,cuda:nccl" if backend == "nccl" else backend, store=end.group_store(),
+                rank=self.rank, world_size=self.world_size, timeout=COLLECTIVE,
             )  # fmt: skip
             self._control = dist.new_group(backend="gloo", timeout=COLLECTIVE)
-            self._join_xfuser()
+            self._join_xfuser(backend)
         if degrees.stages > 1:
             self.pipeline = Pipeline(self._stage_ranks(), self.rank, device, COLLECTIVE)
         self.shard_group: dist.ProcessGroup | None = None
@@ -169,12 +170,11 @@ class RankGroups:
         ]
         return [[first + stage * sequence for stage in range(stages)] for first in firsts]
 
-    def _join_xfuser(self) -> None:
+    def _join_xfuser(self, backend: str) -> None:
         """B6: xfuser's own CFG group gives wrong shapes for Flux; its data-parallel group is right."""
         xfuser_compat.import_xfuser()
         from xfuser.core import distributed
 
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
         distributed.init_distributed_environment(backend=backend, local_rank=int(os.environ["LOCAL_RANK"]))
         with xfuser_compat.same_ranks_same_group():
             distributed.initialize_model_parallel(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from worker.parallel import staged
+
 
 def import_xfuser() -> types.ModuleType:
     """xfuser, importable whether or not this machine has a GPU, triton or flash-attn."""
@@ -82,15 +84,16 @@ def same_ranks_same_group() -> Iterator[None]:
     and rows, is exchanged one after the other. NCCL's cost nothing before their first exchange.
     """
     new_group = dist.new_group
-    made: dict[tuple[int, ...], Any] = {}
+    made: dict[tuple[Any, ...], Any] = {}
 
     def new_or_same(ranks: Sequence[int] | None = None, *args: Any, **options: Any) -> Any:
         backend = options.get("backend") or dist.get_backend()
-        if args or ranks is None or backend != "gloo":
+        if args or ranks is None or backend not in ("gloo", staged.NAME):
             return new_group(ranks, *args, **options)
-        if tuple(ranks) not in made:
-            made[tuple(ranks)] = new_group(ranks, **options)
-        return made[tuple(ranks)]
+        same = (backend, *ranks)
+        if same not in made:
+            made[same] = new_group(ranks, **options)
+        return made[same]
 
     dist.new_group = new_or_same
     try:

@@ -76,14 +76,21 @@ def with_log_sum_exp(
         if bias.dtype == torch.bool:
             bias = query.new_zeros(bias.shape).masked_fill_(~bias, least)
         bias = bias.to(query.dtype).clamp_min(least)
+        if query.is_cuda:
+            bias = aligned(bias)
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], -1)
     if not query.is_cuda:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=bias, scale=scale
         )
         return out, lse
-    if bias is not None:
-        missing = -bias.shape[-1] % BIAS_ALIGNMENT
-        bias = F.pad(bias, (0, missing))[..., : bias.shape[-1]]
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)
     return out, lse[..., : query.shape[2]]  # its rows are padded
+
+
+def aligned(bias: torch.Tensor) -> torch.Tensor:
+    """The same bias, whose rows begin at multiples of BIAS_ALIGNMENT.
+
+    Before it is expanded: one row for all heads and queries stays one row of memory.
+    """
+    return F.pad(bias, (0, -bias.shape[-1] % BIAS_ALIGNMENT))[..., : bias.shape[-1]]
