@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from comfy_xdit import ROOT
-from comfy_xdit.headless.pictures import Folders
+from comfy_xdit.headless.folders import Folders
 from comfy_xdit.headless.workflow import run_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
