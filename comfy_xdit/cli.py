@@ -146,9 +146,9 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _demo(chosen: argparse.Namespace) -> int:
-    from comfy_xdit.headless.folders import Folders
+    from comfy_xdit.headless.workflow import check_writable
 
-    Folders(chosen.output).check_writable()  # before what is imported now, which takes seconds
+    check_writable(chosen.output)  # before what is imported now, which takes seconds
     from comfy_xdit import demo
 
     with _cooperative_interrupt():
@@ -183,7 +183,7 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _families(chosen: argparse.Namespace) -> int:
-    from comfy_xdit.installed_in import own_comfyui
+    from comfy_xdit.doctor import own_comfyui
     from comfy_xdit.protocol.spec import HostComfyUI
 
     folder = chosen.comfyui or own_comfyui()
@@ -206,11 +206,11 @@ def _status(chosen: argparse.Namespace) -> int:
 
 
 def _bench(chosen: argparse.Namespace) -> int:
-    from comfy_xdit.headless.folders import Folders
+    from comfy_xdit.headless.workflow import check_writable
 
     if not chosen.seconds > 0:
         raise InvalidInput(f"--seconds is {chosen.seconds:g}; set it to more than 0, e.g. 60.")
-    Folders(chosen.output).check_writable()
+    check_writable(chosen.output)
     from comfy_xdit import bench
 
     bench.run(chosen.output, chosen.seconds)

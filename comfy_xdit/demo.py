@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from comfy_xdit import ROOT
-from comfy_xdit.headless.folders import Folders
-from comfy_xdit.headless.workflow import run_file
+from comfy_xdit.headless.workflow import check_writable, run_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
 from comfy_xdit.ranks.group import WorkerGroup
@@ -42,7 +41,7 @@ def run(prompt: str = PROMPT, output: Path = Path("output"), seed: int = 1) -> N
     """
     if not WORKFLOW.is_file():
         raise InvalidInput(f"{WORKFLOW} is not there: the demo runs from a checkout of comfy_xdit.")
-    Folders(output).check_writable()  # before the ranks start, not after
+    check_writable(output)  # before the ranks start, not after
     devices = _two_devices()
     print(f"prompt: {prompt}")
     with tempfile.TemporaryDirectory() as folder:

@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from comfy_xdit import ROOT
-from comfy_xdit.installed_in import is_comfyui, own_comfyui
 from comfy_xdit.planning.command import GIB, outline, this_machine
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
+from comfy_xdit.protocol.installed_in import is_comfyui, own_comfyui
 
 REQUIREMENTS = ROOT / "requirements.txt"
 TORCH = "torch>=2.8"  # in no requirements file: a pack must never replace the torch a ComfyUI has

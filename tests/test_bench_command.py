@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from comfy_xdit import bench, bench_model, cli
-from comfy_xdit.planning import cluster, planner, prediction
+from comfy_xdit import bench, cli
+from comfy_xdit.planning import cluster, planner, prediction, timed
 from comfy_xdit.planning.auto import description, machine
 from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.published import PUBLISHED
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_ranks_describe_the_model_as_the_planner_has_it(folder):
     reference = REFERENCES["cpu"]
-    bench_model.write(reference, folder / "bench.safetensors")
+    bench.write_model(reference, folder / "bench.safetensors")
     told = ModelShape.of(description(ModelSpec.of(folder / "bench.safetensors", "transformer")))
     assert told.key == reference.shape.key
     assert replace(told, parameters=0) == replace(reference.shape, parameters=0)
@@ -52,12 +52,12 @@ def test_what_it_times():
 
 
 def _named(where, kind):
-    return [(planner.named(layout), guided) for layout, guided in bench.layouts(where, REFERENCES[kind])]
+    return [(planner.named(layout), guided) for layout, guided in timed.layouts(where, REFERENCES[kind])]
 
 
 def test_its_times_correct_a_model_that_never_ran():
     """A machine that is slow at exchanging tokens in Ulysses' way: the pick of another model changes."""
-    plain, _ = REFERENCES["cuda"].requests()
+    plain = REFERENCES["cuda"].request(guided=False)
     flux = Request.picture(PUBLISHED["flux"])
     before = planner.plan(flux, GPUS)
     assert before.pick.layout.ulysses_degree == 4
@@ -79,12 +79,12 @@ def test_its_times_correct_a_model_that_never_ran():
 
 def test_a_table_and_ratios_to_one_rank_of_the_same_request():
     one, guided = ParallelConfig(), ParallelConfig(cfg_parallel_degree=2)
-    timed = [
-        bench.Timed(one, False, 0.3), bench.Timed(ULYSSES, False, 0.2),
-        bench.Timed(one, True, 0.6), bench.Timed(guided, True, 0.4),
+    found = [
+        timed.Timed(one, False, 0.3), timed.Timed(ULYSSES, False, 0.2),
+        timed.Timed(one, True, 0.6), timed.Timed(guided, True, 0.4),
     ]  # fmt: skip
-    assert bench.speedups(timed) == pytest.approx({"ulysses 2": 1.5, "cfg 2 (cfg > 1)": 1.5})
-    head, *rows = bench.table(timed, REFERENCES["cpu"], CPU)
+    assert timed.speedups(found) == pytest.approx({"ulysses 2": 1.5, "cfg 2 (cfg > 1)": 1.5})
+    head, *rows = timed.table(found, REFERENCES["cpu"], CPU)
     assert head.split() == ["layout", "measured", "predicted", "speed-up"]
     assert [row.split()[-1] for row in rows] == ["1.00", "1.50", "1.00", "1.50"]
 
@@ -94,7 +94,7 @@ def test_the_command_measures_remembers_and_draws(folder, capsys):
     printed = capsys.readouterr().out
     where = machine(available_devices())
     assert "one rank: " in printed and "times now correct the plans" in printed
-    plain, _ = REFERENCES[where.device.kind].requests()
+    plain = REFERENCES[where.device.kind].request(guided=False)
     assert Measured.load().seconds(ParallelConfig(), plain, where) > 0
     if where.size > 1:
         with Image.open(folder / "out" / bench.PLOT) as plot:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from comfy_xdit import cli, doctor, installed_in
-from comfy_xdit.protocol import remembered
+from comfy_xdit import cli, doctor
+from comfy_xdit.protocol import installed_in, remembered
 from comfy_xdit.protocol.errors import RemoteError
 from comfy_xdit.ranks.environment import ROOT
 

@@ -10,7 +10,7 @@ from typing import Any
 import comfy.model_management
 
 from comfy_xdit.comfy_types.contract import findings
-from comfy_xdit.installed_in import remember_comfyui
+from comfy_xdit.protocol.installed_in import remember_comfyui
 from comfy_xdit.ranks.registry import holders
 
 _log = logging.getLogger(__name__)

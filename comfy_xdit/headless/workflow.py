@@ -60,6 +60,11 @@ class Finished:
                 yield f"  {kind}: {timing.describe()}"
 
 
+def check_writable(output: Path) -> None:
+    """Make a folder for pictures, and raise InvalidInput unless a file can be written into it."""
+    Folders(output).check_writable()
+
+
 @cache
 def node_classes() -> Classes:
     """Every node type known here, by name: the pack's and the stand-ins for stock ones.

@@ -10,7 +10,6 @@ from comfy_xdit.planning.reasons import reasons
 from comfy_xdit.protocol.messages import Status
 from comfy_xdit.ranks.group import WorkerGroup
 from comfy_xdit.ranks.registry import running_groups
-from comfy_xdit.ranks.timing import Timing
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 ENDED = "  the ranks have ended; the next run starts new ones"
@@ -75,16 +74,8 @@ def _group(group: WorkerGroup, wait: bool) -> dict[str, Any]:
         "logs": group.logs,
         "reasons": list(reasons(layout)),
         "ranks": ranks,
-        "last": {kind: _timing(timing) for kind, timing in timings.items() if kind != Status.__name__},
+        "last": {kind: timing.plain() for kind, timing in timings.items() if kind != Status.__name__},
     }
-
-
-def _timing(timing: Timing) -> dict[str, Any]:
-    return {
-        "seconds": timing.host, "compute": timing.compute, "communication": timing.communication,
-        "bridge": timing.bridge, "steps": timing.steps, "sent": timing.sent, "received": timing.received,
-        "text": timing.describe(),
-    }  # fmt: skip
 
 
 def _group_in_words(told: dict[str, Any]) -> Iterator[str]:

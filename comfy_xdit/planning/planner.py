@@ -156,7 +156,7 @@ def _bench(cluster: Cluster, measured: Measured) -> dict[ParallelConfig, float]:
     """Measured over predicted of every layout that `bench` has run on this machine."""
     reference = REFERENCES[cluster.device.kind]
     ratios = {}
-    for request in reference.requests():
+    for request in (reference.request(guided=False), reference.request(guided=True)):
         if not measured.knows(request, cluster):
             break
         for layout in candidates(request, cluster):
