@@ -1,4 +1,4 @@
-"""`comfy-xdit demo`: the shipped workflow on two ranks and on one, timed and compared."""
+"""`python -m comfy_xdit demo`: the shipped workflow on two ranks and on one, timed and compared."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def run(prompt: str = PROMPT, output: Path = Path("output"), seed: int = 1) -> N
     Writes demo.png and demo_compare.png (two ranks, one rank) into `output`.
     """
     if not WORKFLOW.is_file():
-        raise InvalidInput(f"{WORKFLOW} is not there: the demo runs from a checkout of comfy_xdit.")
+        raise InvalidInput(
+            f"{WORKFLOW} is not there: the demo runs from a checkout; clone comfy_xdit, and run this there."
+        )
     check_writable(output)  # before the ranks start, not after
     devices = _two_devices()
     print(f"prompt: {prompt}")

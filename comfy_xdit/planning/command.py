@@ -1,4 +1,4 @@
-"""`comfy-xdit plan`: the candidates for a model and a picture, and which one `auto` takes."""
+"""`python -m comfy_xdit plan`: the candidates for a model and a picture, and which one `auto` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.planner import Candidate, Plan, figure, short
 from comfy_xdit.planning.published import PUBLISHED
 from comfy_xdit.planning.request import ModelShape, Request
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput, counted
 from comfy_xdit.protocol.spec import ModelSpec
 
 # What ComfyUI's own latents take, in pixels; an element of a latent is 8 of them.
@@ -51,7 +51,8 @@ def lines(
     chosen = planner.plan(request, where, Measured.load(), pipefusion)
     yield (
         f"{request.shape.family}, {request.shape.parameters / 1e9:.3g} billion parameters, "
-        f"{request.image_tokens} + {request.text_tokens} tokens, {request.rows} rows, {request.steps} steps, "
+        f"{request.image_tokens} + {request.text_tokens} tokens, {counted(request.rows, 'row')}, "
+        f"{counted(request.steps, 'step')}, "
         f"{8 * request.dtype_bytes} bits, on {where.describe()}"
     )
     yield ""

@@ -12,7 +12,7 @@ from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.prediction import Prediction
 from comfy_xdit.planning.reference import REFERENCES
 from comfy_xdit.planning.request import Request
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput, counted
 from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig
 
 # Less than this is within the error of the model and of a measurement: fewer ranks are preferred.
@@ -97,7 +97,8 @@ def plan(
     """
     if cluster.size < 1 + shard:
         raise InvalidInput(
-            f"{cluster.size} devices; a plan needs at least {'two to share weights' if shard else 'one'}."
+            f"a plan for {counted(cluster.size, 'device')}: it needs at least "
+            + ("two to share weights; set shard_weights to false, or select more." if shard else "one.")
         )
     layouts = candidates(request, cluster, pipefusion)
     predictions = [prediction.predict(layout, request, cluster, constants) for layout in layouts]

@@ -51,7 +51,10 @@ class HostComfyUI:
         root = root.resolve()
         version = comfyui_version(root)
         if version is None or not (root / "comfy").is_dir():
-            raise InvalidInput(f"{root} is no ComfyUI: it has no folder comfy and no comfyui_version.py.")
+            raise InvalidInput(
+                f"{root} is no ComfyUI: it has no folder comfy and no comfyui_version.py; name "
+                "the folder that its main.py is in."
+            )
         return cls(str(root), version)
 
 

@@ -65,8 +65,8 @@ def fill(module: nn.Module, detected: Detected, path: str, elsewhere: Sequence[s
         missing, _ = module.load_state_dict(tensors, strict=False)
     except (RuntimeError, ValueError, KeyError) as error:  # ComfyUI's words for what does not fit
         raise InvalidInput(
-            f"{path} does not fit ComfyUI's {type(module).__name__}: {error}; the file is damaged, or of a "
-            "format that this ComfyUI does not know."
+            f"{path} does not fit ComfyUI's {type(module).__name__}: {_last_line(error)}; the file is "
+            "damaged, or of a format that this ComfyUI does not know: download it again, or update ComfyUI."
         ) from error
     parameters = dict(module.named_parameters())
     lacking = [name for name in missing if name in parameters and name not in left]
@@ -82,8 +82,14 @@ def check_names(module: nn.Module, detected: Detected, path: str) -> None:
         if not detected.quantised and name in tensors and tensors[name].shape != parameter.shape:
             raise InvalidInput(
                 f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
-                f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}; the file is damaged."
+                f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}; the file is damaged: "
+                "download it again."
             )
+
+
+def _last_line(error: Exception) -> str:
+    """PyTorch begins with a headline and lists every tensor that does not fit."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _check_lacking(names: Sequence[str], module: nn.Module, path: str) -> None:
@@ -91,7 +97,7 @@ def _check_lacking(names: Sequence[str], module: nn.Module, path: str) -> None:
         if not name.endswith(MADE_BY_LAYERS):
             raise InvalidInput(
                 f"{path} lacks the tensor {name} of ComfyUI's {type(module).__name__}; "
-                "the file is incomplete."
+                "the file is incomplete: download it again."
             )
 
 
