@@ -1,4 +1,4 @@
-"""`python -m comfy_xdit doctor --families`: which of a ComfyUI's classes are proven to run on several ranks."""
+"""`doctor --families`: which of a ComfyUI's classes are proven to run on several ranks."""
 
 from __future__ import annotations
 
