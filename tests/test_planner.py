@@ -355,7 +355,7 @@ def test_the_command_plans_a_batch_with_guidance(capsys):
     [
         (["--family", "dall-e"], "'dall-e' is not one of flux, sd3"),
         (["--devices", "8 x L41"], "8 x L41"),
-        (["--steps", "0"], "steps is 0; it is at least 1"),
+        (["--steps", "0"], "steps is 0; set --steps between 1 and 10000"),
         (["--model", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )
