@@ -20,7 +20,13 @@ def add_routes() -> None:
 
     running = getattr(PromptServer, "instance", None)
     if running is not None:
-        running.routes.get(STATUS)(answer)
+        add_to(running.routes)
+
+
+def add_to(routes: web.RouteTableDef) -> None:
+    """Answer there, once: two copies of the pack in one ComfyUI would keep its server from starting."""
+    if not any(getattr(route, "path", None) == STATUS for route in routes):
+        routes.get(STATUS)(answer)
 
 
 async def answer(request: web.Request) -> web.Response:

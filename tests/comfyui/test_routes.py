@@ -30,3 +30,14 @@ def test_pages_of_another_origin_get_nothing(comfyui, origin, site, own):
     response = asyncio.run(routes.answer(request))
     assert response.status == (200 if own else 403)
     assert ("groups" in json.loads(response.text)) is own
+
+
+def test_two_copies_of_the_pack_answer_once(comfyui):
+    from aiohttp import web
+
+    from comfy_xdit.comfy_types import routes
+
+    table = web.RouteTableDef()
+    routes.add_to(table)
+    routes.add_to(table)
+    assert [route.path for route in table] == [routes.STATUS]
