@@ -220,7 +220,7 @@ def _bench(chosen: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _cooperative_interrupt() -> Iterator[None]:
     """Ctrl-C asks the ranks to stop at their next step; a second one ends this process."""
-    from comfy_xdit.headless.surroundings import request_interrupt
+    from comfy_xdit.headless.workflow import request_interrupt
 
     def ask(_number: int, _frame: object) -> None:
         request_interrupt()

@@ -14,8 +14,7 @@ from comfy_xdit import ROOT
 from comfy_xdit.headless.workflow import check_writable, run_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
-from comfy_xdit.ranks.group import WorkerGroup
-from comfy_xdit.ranks.registry import worker_group
+from comfy_xdit.ranks.registry import WorkerGroup, worker_group
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 PROMPT = "a large yellow circle on the left on a purple background"

@@ -33,7 +33,8 @@ def test_english_is_what_the_nodes_say():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_translation_has_the_keys_of_the_nodes_and_no_syntax(language):
     known, found = write_locales.definitions(), read(language)
-    for name, definition in found.items():
+    for name in set(found) & set(known):  # another branch's node may be translated before it is there
+        definition = found[name]
         assert set(definition) == {"display_name", "description", "inputs", "outputs"}
         assert set(definition["inputs"]) <= set(known[name]["inputs"])
         assert set(definition["outputs"]) <= set(known[name]["outputs"])

@@ -25,6 +25,7 @@ from comfy_xdit.headless.validation import Classes, Workflow, execution_order, i
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
 from comfy_xdit.ranks.timing import Timing, ledger
 
+request_interrupt = headless.request_interrupt  # of a run here, e.g. by Ctrl-C
 PACK_MODULE = "comfy_xdit_nodes"  # the root nodes.py; "nodes" is ComfyUI's own
 Outputs = tuple[Any, ...]
 

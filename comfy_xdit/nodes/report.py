@@ -8,8 +8,7 @@ from typing import Any
 from comfy_xdit import __version__
 from comfy_xdit.planning.reasons import reasons
 from comfy_xdit.protocol.messages import Status
-from comfy_xdit.ranks.group import WorkerGroup
-from comfy_xdit.ranks.registry import running_groups
+from comfy_xdit.ranks.registry import WorkerGroup, running_groups
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 ENDED = "  the ranks have ended; the next run starts new ones"
