@@ -47,10 +47,7 @@ class TextEncoders:
         index = read_json(root / "model_index.json")
         self._pipeline = index.get("_class_name", "")
         if self._pipeline not in ENCODERS:
-            raise InvalidInput(
-                f"{root} is a {self._pipeline}; this version reads {', '.join(ENCODERS)}; "
-                "choose a folder of one of them."
-            )
+            raise InvalidInput(f"{root} is a {self._pipeline}; this version reads {', '.join(ENCODERS)}.")
         self._encoders = {
             name: Encoder(root, suffix, name, T5_LEAST[self._pipeline], device)
             for name, suffix in ENCODERS[self._pipeline]

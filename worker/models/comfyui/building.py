@@ -82,8 +82,7 @@ def check_names(module: nn.Module, detected: Detected, path: str) -> None:
         if not detected.quantised and name in tensors and tensors[name].shape != parameter.shape:
             raise InvalidInput(
                 f"{path} does not fit ComfyUI's {type(module).__name__}: {name} has shape "
-                f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}; the file is damaged: "
-                "download it again."
+                f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}; the file is damaged."
             )
 
 
