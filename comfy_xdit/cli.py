@@ -169,9 +169,12 @@ def _plan(chosen: argparse.Namespace) -> int:
 
 def _doctor(chosen: argparse.Namespace) -> int:
     from comfy_xdit.doctor import examine
+    from comfy_xdit.protocol.spec import HostComfyUI
 
     if chosen.families or chosen.prove is not None:
         return _families(chosen)
+    if chosen.comfyui is not None:
+        HostComfyUI.at(chosen.comfyui)  # a wrong folder is said before a rank starts
     findings = []
     for finding in examine(chosen.comfyui):
         findings.append(finding)

@@ -62,6 +62,7 @@ WRONG = [
     (["plan", "--family", "sdxl"], "choose one of them, or name a file with --model"),
     (["plan", "--model", "nowhere.safetensors"], "nowhere.safetensors"),
     (["plan", "--devices", "8 x Abacus"], "is no cluster this version can describe"),
+    (["doctor", "--comfyui", "/proc"], "/proc is no ComfyUI"),
     (["doctor", "--families", "--comfyui", "/proc"], "/proc is no ComfyUI"),
     (["status", "--url", "ftp://x"], "write it as http://127.0.0.1:8188"),
     (["status", "--url", "http://127.0.0.1:9"], "no ComfyUI answers at http://127.0.0.1:9"),
