@@ -232,7 +232,7 @@ def test_gathering_weights_costs_time_where_links_are_slow():
 
 
 def test_one_device_has_nobody_to_share_weights_with():
-    with pytest.raises(InvalidInput, match="1 devices; a plan needs at least two to share weights"):
+    with pytest.raises(InvalidInput, match="a plan for 1 device: it needs at least two to share weights"):
         planner.plan(FLUX, replace(H100, count=1), shard=True)
 
 
