@@ -35,6 +35,14 @@ def _surroundings() -> Surroundings:
     return HEADLESS
 
 
+def _answer_on_the_server() -> None:
+    """Where this is a ComfyUI with a server: the read-only route that docs/security.md lists."""
+    if "server" in sys.modules and not _missing:
+        from comfy_xdit.comfy_types.routes import add_routes
+
+        add_routes()
+
+
 bind(_surroundings)
 
 NODES = (
@@ -55,6 +63,8 @@ if _missing:
         ", ".join(_missing),
         install(_missing),
     )
+
+_answer_on_the_server()
 
 NODE_CLASS_MAPPINGS = {n.__name__: unavailable(n, _missing) if _missing else n for n in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {n.__name__: n.TITLE for n in NODES}

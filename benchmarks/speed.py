@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.chart import bars
+from comfy_xdit.bench.chart import bars
 from comfy_xdit.protocol.messages import Sample
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ModelSpec

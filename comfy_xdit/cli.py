@@ -1,17 +1,19 @@
-"""The command `comfy-xdit`: run a workflow without a ComfyUI server, and say what is missing.
+"""`python -m comfy_xdit`, in short `comfy-xdit`: run a workflow without ComfyUI, plan, say what is missing.
 
 Exit codes: 0 done, 1 a rank failed (or doctor found something missing), 2 the workflow, a value or
-a file is at fault, 130 interrupted.
+a file is at fault, 130 interrupted. Arguments and files are checked before anything heavy is imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from comfy_xdit import __version__
@@ -95,7 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--prove", nargs="*", metavar="CLASS", help="with --families: prove these now, or all (minutes)"
     )
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON: level, text, remedy")
     doctor.set_defaults(command=_doctor)
+
+    status = commands.add_parser("status", help="say what runs in the ranks of a ComfyUI that runs")
+    status.add_argument("--url", default="http://127.0.0.1:8188", help="where it listens (%(default)s)")
+    status.add_argument("--json", action="store_true", help="all of it as JSON")
+    status.set_defaults(command=_status)
+
+    bench = commands.add_parser("bench", help="time this machine for a minute, for plans that fit it")
+    bench.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot (./output)")
+    bench.add_argument("--seconds", type=float, default=60.0, help="to begin no layout after (60)")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -122,7 +135,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from comfy_xdit.headless.workflow import run_file  # imports torch: seconds that --help need not cost
+    from comfy_xdit.headless.workflow import run_file
 
     if chosen.timings:
         os.environ["XDIT_TIMINGS"] = "1"  # for the ranks: on a GPU communication is measured on demand
@@ -140,6 +153,9 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _demo(chosen: argparse.Namespace) -> int:
+    from comfy_xdit.headless.workflow import check_writable
+
+    check_writable(chosen.output)  # before what is imported now, which takes seconds
     from comfy_xdit import demo
 
     with _cooperative_interrupt():
@@ -168,26 +184,62 @@ def _models(chosen: argparse.Namespace) -> int:
 
 
 def _doctor(chosen: argparse.Namespace) -> int:
-    from comfy_xdit.doctor import examine, own_comfyui
+    from comfy_xdit.doctor import examine
+    from comfy_xdit.protocol.spec import HostComfyUI
 
     if chosen.families or chosen.prove is not None:
-        from comfy_xdit import families
-
-        for line in families.lines(chosen.comfyui or own_comfyui(), chosen.prove):
-            print(line, flush=True)
-        return DONE
-
-    healthy = True
+        return _families(chosen)
+    if chosen.comfyui is not None:
+        HostComfyUI.at(chosen.comfyui)  # a wrong folder is said before a rank starts
+    findings = []
     for finding in examine(chosen.comfyui):
-        print(finding)
-        healthy = healthy and finding.fine
-    return DONE if healthy else FAILED
+        findings.append(finding)
+        if not chosen.json:
+            print(finding, flush=True)
+    if chosen.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    return DONE if all(finding.fine for finding in findings) else FAILED
+
+
+def _families(chosen: argparse.Namespace) -> int:
+    from comfy_xdit.doctor import own_comfyui
+    from comfy_xdit.protocol.spec import HostComfyUI
+
+    folder = chosen.comfyui or own_comfyui()
+    if folder is None:
+        raise InvalidInput("no ComfyUI is known to this pack; name one with --comfyui FOLDER.")
+    host = HostComfyUI.at(folder)
+    from comfy_xdit import families  # imports torch: seconds that a wrong folder need not cost
+
+    for line in families.lines(host, chosen.prove):
+        print(line, flush=True)
+    return DONE
+
+
+def _status(chosen: argparse.Namespace) -> int:
+    from comfy_xdit import status
+
+    told = status.asked(chosen.url)
+    print(json.dumps(told, indent=1) if chosen.json else status.words(told))
+    return DONE
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    from comfy_xdit.headless.workflow import check_writable
+
+    if not chosen.seconds > 0:
+        raise InvalidInput(f"--seconds is {chosen.seconds:g}; set it to more than 0, e.g. 60.")
+    check_writable(chosen.output)
+    from comfy_xdit import bench
+
+    bench.run(chosen.output, chosen.seconds)
+    return DONE
 
 
 @contextlib.contextmanager
 def _cooperative_interrupt() -> Iterator[None]:
     """Ctrl-C asks the ranks to stop at their next step; a second one ends this process."""
-    from comfy_xdit.headless.surroundings import request_interrupt
+    from comfy_xdit.headless.workflow import request_interrupt
 
     def ask(_number: int, _frame: object) -> None:
         request_interrupt()

@@ -1,4 +1,4 @@
-"""`comfy-xdit demo`: the shipped workflow on two ranks and on one, timed and compared."""
+"""`python -m comfy_xdit demo`: the shipped workflow on two ranks and on one, timed and compared."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 
 from comfy_xdit import ROOT
-from comfy_xdit.headless.pictures import Folders
-from comfy_xdit.headless.workflow import run_file
+from comfy_xdit.headless.workflow import check_writable, run_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, available_devices
-from comfy_xdit.ranks.group import WorkerGroup
-from comfy_xdit.ranks.registry import worker_group
+from comfy_xdit.ranks.registry import WorkerGroup, worker_group
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
 PROMPT = "a large yellow circle on the left on a purple background"
@@ -41,8 +39,10 @@ def run(prompt: str = PROMPT, output: Path = Path("output"), seed: int = 1) -> N
     Writes demo.png and demo_compare.png (two ranks, one rank) into `output`.
     """
     if not WORKFLOW.is_file():
-        raise InvalidInput(f"{WORKFLOW} is not there: the demo runs from a checkout of comfy_xdit.")
-    Folders(output).check_writable()  # before the ranks start, not after
+        raise InvalidInput(
+            f"{WORKFLOW} is not there: the demo runs from a checkout; clone comfy_xdit, and run this there."
+        )
+    check_writable(output)  # before the ranks start, not after
     devices = _two_devices()
     print(f"prompt: {prompt}")
     with tempfile.TemporaryDirectory() as folder:

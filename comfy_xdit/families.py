@@ -1,9 +1,8 @@
-"""`comfy-xdit doctor --families`: which of a ComfyUI's classes are proven to run on several ranks."""
+"""`doctor --families`: which of a ComfyUI's classes are proven to run on several ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from comfy_xdit.protocol import proofs
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
@@ -17,20 +16,17 @@ RANKS = 2
 METHODS = {proofs.TOKENS: "Ulysses and Ring", proofs.PATCHES: "PipeFusion"}
 
 
-def lines(folder: Path | None, prove: Sequence[str] | None = None) -> Iterator[str]:
+def lines(host: HostComfyUI, prove: Sequence[str] | None = None) -> Iterator[str]:
     """A line for each kind of call of each class.
 
     Args:
-        folder: of the ComfyUI; None is refused.
+        host: the ComfyUI.
         prove: these classes, or without a name all, as far as they are not proven, on two ranks; None shows
             what is remembered, and starts nothing.
 
     Raises:
-        InvalidInput: no ComfyUI is there, or a class has no plan.
+        InvalidInput: a class has no plan.
     """
-    if folder is None:
-        raise InvalidInput("this pack is in no ComfyUI; name one with --comfyui FOLDER.")
-    host = HostComfyUI.at(folder)
     yield f"ComfyUI {host.version} in {host.root}: relative L2 of {RANKS} ranks to one, tiny models in fp32"
     if prove is not None:
         yield from _proven_now(host, prove)

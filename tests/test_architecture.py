@@ -187,8 +187,8 @@ def test_no_path_of_a_machine_is_in_the_tree():
 
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     marks = [f"/{name}/" for name in ("work", "farm", "root", "home")]
-    for name in listed.split():
-        if name.endswith((".py", ".md", ".toml", ".txt", ".json", "Makefile")):
+    for name in listed.splitlines():
+        if name.endswith((".py", ".md", ".toml", ".txt", ".json", ".yml", "Makefile")):
             text = (ROOT / name).read_text()
             found = [mark for mark in marks if mark in text]
             assert not found, f"{name} holds {found}"

@@ -16,8 +16,8 @@ from PIL import Image
 
 from comfy_xdit import cli
 from comfy_xdit.headless import pictures
+from comfy_xdit.headless.folders import Folders
 from comfy_xdit.headless.format import override, read_workflow
-from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.headless.validation import InvalidWorkflow, execution_order
 from comfy_xdit.headless.workflow import node_classes
 from comfy_xdit.planning.auto import layout_beside, layout_of

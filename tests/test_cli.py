@@ -1,7 +1,9 @@
 """The command comfy-xdit as a person uses it: exit codes, messages, Ctrl-C, a rank that dies."""
 
+import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import psutil
 import pytest
 
 from comfy_xdit import cli, doctor
+from comfy_xdit.protocol import installed_in, remembered
 from comfy_xdit.protocol.errors import RemoteError
 from comfy_xdit.ranks.environment import ROOT
 
@@ -156,13 +159,53 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(monkeypatch, capsys):
     assert cli.main(["doctor"]) == cli.FAILED
     printed = capsys.readouterr().out
     assert "no-such-package-here is not installed" in printed
-    assert f"{sys.executable} -m pip install 'no-such-package-here>=1'" in printed
+    assert f"     Run: {sys.executable} -m pip install 'no-such-package-here>=1'" in printed
+
+
+def test_doctor_as_json_names_level_and_remedy(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_requirement_lines", lambda: ["no-such-package-here>=1"])
+    assert cli.main(["doctor", "--json"]) == cli.FAILED
+    findings = json.loads(capsys.readouterr().out)
+    assert {tuple(finding) for finding in findings} == {("text", "level", "remedy")}
+    assert findings[0]["level"] == "ok" and findings[0]["text"].startswith("Python ")
+    assert findings[-1]["level"] == "bad" and "pip install" in findings[-1]["remedy"]
+
+
+def test_doctor_does_not_call_it_well_that_there_is_no_gpu_or_no_comfyui():
+    assert str(doctor._no_gpu(None)).startswith("[--] no GPU (torch is built without CUDA)")
+    assert "nvidia-smi" in doctor._no_gpu("12.8").remedy
+    (nowhere,) = doctor.comfyui_findings(None)
+    assert nowhere.level == "note" and "--comfyui FOLDER" in nowhere.remedy
+
+
+def test_a_pack_in_another_base_directory_knows_the_comfyui_that_loaded_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(remembered.FOLDER, str(tmp_path / "cache"))
+    pack = tmp_path / "base" / "custom_nodes" / "comfy_xdit"
+    monkeypatch.setattr(installed_in, "ROOT", pack)
+    comfyui = tmp_path / "ComfyUI"
+    (comfyui / "comfy").mkdir(parents=True)
+    (comfyui / "comfyui_version.py").write_text('__version__ = "0.8.0"\n')
+    assert installed_in.own_comfyui() is None, "the base directory has no comfy folder"
+
+    installed_in.remember_comfyui(str(comfyui))
+
+    assert installed_in.own_comfyui() == comfyui
+    shutil.rmtree(comfyui)
+    assert installed_in.own_comfyui() is None, "it is gone"
+
+
+def test_a_pack_in_a_comfyuis_own_custom_nodes_belongs_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(installed_in, "ROOT", tmp_path / "custom_nodes" / "comfy_xdit")
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.8.0"\n')
+    assert installed_in.own_comfyui() == tmp_path
 
 
 def test_doctor_says_what_is_no_comfyui_and_what_cannot_be_looked_at(tmp_path):
     (elsewhere,) = doctor.comfyui_findings(tmp_path)
     assert not elsewhere.fine and "is no ComfyUI" in elsewhere.text
     (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfyui_version.py").write_text('__version__ = "0.8.0"\n')
     (empty,) = doctor.comfyui_findings(tmp_path)
     assert not empty.fine and "could not be looked at: ModuleNotFoundError" in empty.text
 

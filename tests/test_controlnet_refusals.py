@@ -269,7 +269,7 @@ def test_a_picture_larger_than_the_positions(tiny_models, nets, tmp_path):
     given = tiny.conditions(model.family, model.config, 5)
     net = replace(applied(nets["sd3"], x), net=ControlNet.of(tmp_path / "small.safetensors"))
     with pytest.raises(
-        InvalidInput, match=r"latent is 20 x 6, and small.safetensors has positions for 16 x 16"
+        InvalidInput, match=r"picture is 160 x 48 pixels, and small.safetensors has positions for 128 x 128"
     ):
         remote.denoise(x, torch.ones(1), given, nets=(net,))
 

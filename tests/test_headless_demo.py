@@ -97,8 +97,8 @@ def test_ksampler_on_the_single_file_is_the_same_run(reference, tmp_path):
 
 def test_image_to_image_keeps_what_the_mask_keeps(tmp_path):
     """Encode the demo's picture, redraw its right half only: the latent's left half stays."""
+    from comfy_xdit.headless.folders import Folders
     from comfy_xdit.headless.format import read_workflow
-    from comfy_xdit.headless.pictures import Folders
     from comfy_xdit.headless.workflow import node_classes, run
 
     classes = node_classes()

@@ -242,9 +242,9 @@ def test_what_it_cannot_do_is_refused_and_the_ranks_go_on(models, layout):
         remote.denoise(x, t, asked.positive, control={"output": [x]})
     with pytest.raises(InvalidInput, match=r"sampler 'ddim' does not run"):
         remote.sample(replace(asked, sampler="ddim"))
-    with pytest.raises(InvalidInput, match="1 image tokens are fewer than the 2"):
+    with pytest.raises(InvalidInput, match="the picture has 1 token, and pipefusion_degree 2 needs one"):
         remote.sample(request(model, (2, 2)))
-    with pytest.raises(InvalidInput, match="has positions for 64 x 64; draw a smaller picture"):
+    with pytest.raises(InvalidInput, match="has positions for 512 x 512; draw a smaller picture"):
         remote.sample(request(model, (66, 2)))
     misfit = Patch("lora", {"up": torch.zeros(3, 4), "down": torch.zeros(4, 5)}, 1.0)
     with pytest.raises(InvalidInput, match=r"does not fit joint_blocks\.6\."):  # of the last stage only

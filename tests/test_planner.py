@@ -243,7 +243,7 @@ def test_gathering_weights_costs_time_where_links_are_slow():
 
 
 def test_one_device_has_nobody_to_share_weights_with():
-    with pytest.raises(InvalidInput, match="1 devices; a plan needs at least two to share weights"):
+    with pytest.raises(InvalidInput, match="a plan for 1 device: it needs at least two to share weights"):
         planner.plan(FLUX, replace(H100, count=1), shard=True)
 
 
@@ -366,7 +366,7 @@ def test_the_command_plans_a_batch_with_guidance(capsys):
     [
         (["--family", "dall-e"], "'dall-e' is not one of flux, sd3"),
         (["--devices", "8 x L41"], "8 x L41"),
-        (["--steps", "0"], "steps is 0; it is at least 1"),
+        (["--steps", "0"], "steps is 0; set --steps between 1 and 10000"),
         (["--model", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from comfy_xdit.headless.folders import Folders
 from comfy_xdit.headless.format import api_of
-from comfy_xdit.headless.pictures import Folders, save
+from comfy_xdit.headless.pictures import save
 from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.parallel import ParallelConfig, parse_devices

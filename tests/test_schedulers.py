@@ -10,7 +10,8 @@ from diffusers import DDIMScheduler
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import Sampling
-from comfy_xdit.remote.schedulers import SCHEDULERS, sigmas_of
+from comfy_xdit.protocol.spec import SCHEDULERS
+from comfy_xdit.remote.schedulers import sigmas_of
 
 SD3 = Sampling("flow", 3.0, 1000.0)
 FLUX = Sampling("exponential_flow", 1.15)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from comfy_xdit.headless import pictures, stock_nodes
 from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.folders import Folders
 from comfy_xdit.headless.format import WorkflowFile, api_of, override, read_workflow
-from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.headless.validation import InvalidWorkflow, execution_order
 from comfy_xdit.headless.workflow import NodeFailed, node_classes, run
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput

@@ -88,8 +88,8 @@ class Checkpoint:
         files = sorted(path.glob("*.safetensors"))
         if not files:
             pickles = [f.name for f in path.glob("*") if f.suffix in PICKLES]
-            hint = f"; it holds {pickles[0]}: {how_to_convert()}" if pickles else ""
-            raise InvalidInput(f"no .safetensors file in {path}{hint}")
+            hint = f"it holds {pickles[0]}: {how_to_convert()}" if pickles else "choose one that has some."
+            raise InvalidInput(f"no .safetensors file in {path}; {hint}")
         plain = [f for f in files if ".fp16." not in f.name and ".bf16." not in f.name]
         return cls(plain or files, transformer=transformer)
 
@@ -233,7 +233,8 @@ def check_complete(
         source = mapping.get(name)
         if source is None or source.key not in checkpoint.shapes:
             raise InvalidInput(
-                f"{path} lacks the tensor {source.key if source else name}; the file is incomplete."
+                f"{path} lacks the tensor {source.key if source else name}; the file is incomplete: download "
+                "it again."
             )
         shape = checkpoint.shapes[source.key]
         if source.start is not None:
@@ -241,7 +242,7 @@ def check_complete(
         if tuple(wanted.shape) != shape:
             raise InvalidInput(
                 f"{path}: {source.key} has shape {shape}, the model needs {tuple(wanted.shape)}; the file is "
-                "damaged or of a variant this version does not know."
+                "damaged or of a variant this version does not know: download it again, or choose another."
             )
         check_dtype(checkpoint, source.key, path)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 
 from comfy_xdit.comfy_types.contract import findings
+from comfy_xdit.protocol.installed_in import remember_comfyui
 from comfy_xdit.ranks.registry import holders
 
 _log = logging.getLogger(__name__)
@@ -18,6 +20,7 @@ def begin() -> None:
     """Prepare for a model, before it is loaded; does its work once in a process."""
     _release_when_comfyui_unloads()
     _say_what_has_changed()
+    _remember_where_this_is()
 
 
 def self_check() -> tuple[str, ...]:
@@ -47,3 +50,9 @@ def _release_when_comfyui_unloads() -> None:
 def _say_what_has_changed() -> None:
     for sentence in findings():
         _log.warning("comfy_xdit does not know this ComfyUI in one point: %s", sentence)
+
+
+@functools.cache
+def _remember_where_this_is() -> None:
+    """For `doctor`, which may be run from a custom_nodes folder that is in no ComfyUI (--base-directory)."""
+    remember_comfyui(str(Path(comfy.model_management.__file__).resolve().parents[1]))

@@ -101,7 +101,10 @@ class TextEncoders(torch.nn.Module):
                 f"CLIPSetLastLayer (layer {options['layer']}) is not in this version; remove it."
             )
         if options.get("projected_pooled") is False:
-            raise InvalidInput("an unprojected pooled output is not in this version of comfy_xdit.")
+            raise InvalidInput(
+                "an unprojected pooled output is not in this version of comfy_xdit; use the stock loader's "
+                "CLIP with this node."
+            )
 
     def encode_token_weights(
         self, tokens: Prompts

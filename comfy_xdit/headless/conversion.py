@@ -102,7 +102,7 @@ def noise_of(samples: torch.Tensor, seed: int, batch_index: Sequence[int] | None
     if len(batch_index) != samples.shape[0] or min(batch_index) < 0:
         raise InvalidInput(
             f"batch_index is {list(batch_index)} for {samples.shape[0]} pictures; "
-            "it holds one number from 0 up for each."
+            "it holds one number from 0 up for each; make the latent anew with an empty latent node."
         )
     drawn = [
         torch.randn((1, *samples.shape[1:]), generator=generator, dtype=samples.dtype)

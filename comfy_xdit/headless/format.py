@@ -52,7 +52,7 @@ def read_workflow(path: Path, classes: Classes) -> WorkflowFile:
     ):
         raise InvalidInput(
             f"{path} is no ComfyUI workflow: it has neither `nodes` (UI format) nor nodes with a "
-            "`class_type` (API format)."
+            "`class_type` (API format); save or export it anew from ComfyUI."
         )
     return WorkflowFile(content)
 
@@ -72,16 +72,18 @@ def override(workflow: Workflow, setting: str, classes: Classes) -> None:
     nodes = {n: content for n, content in workflow.items() if isinstance(content, dict)}
     if node not in nodes:
         there = ", ".join(f"{n} ({content.get('class_type')})" for n, content in nodes.items())
-        raise InvalidInput(f"--set {setting!r}: no node {node!r}; there are {there}.")
+        raise InvalidInput(f"--set {setting!r}: no node {node!r}; there are {there}: name one of them.")
     inputs = nodes[node].setdefault("inputs", {})
     if not isinstance(inputs, dict):
-        raise InvalidInput(f"--set {setting!r}: the inputs of node {node} are no names with values.")
+        raise InvalidInput(
+            f"--set {setting!r}: the inputs of node {node} are no names with values; save it anew."
+        )
     class_type = nodes[node].get("class_type")
     node_class = classes.get(class_type) if isinstance(class_type, str) else None
     known = list(inputs) if node_class is None else [f.name for f in input_fields(node_class)]
     if name not in known:
         raise InvalidInput(
-            f"--set {setting!r}: node {node} has no input {name!r}; it has {', '.join(known)}."
+            f"--set {setting!r}: node {node} has no input {name!r}; it has {', '.join(known)}: name one."
         )
     try:
         inputs[name] = _plain(json.loads(text))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 import struct
-import tempfile
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
+from comfy_xdit.headless.folders import Folders, prefix_problem, why
 from comfy_xdit.protocol.errors import InvalidInput
 
 COMPRESSION = 4  # ComfyUI's
-LONGEST_PART, LONGEST_PREFIX = 200, 1000  # bytes; file systems take 255, with the number, and 4,096
 # What Pillow raises for a damaged picture, by its format's reader.
 _DAMAGED = (
     OSError,
@@ -36,38 +34,6 @@ _DAMAGED = (
     zlib.error,
 )
 NO_MASK_SIDE = 64  # of the mask of a picture without transparency
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where a run reads and writes. `written` collects the files, in their order."""
-
-    output: Path
-    inputs: tuple[Path, ...] = (Path(),)
-    written: list[Path] = field(default_factory=list)
-
-    def check_writable(self) -> None:
-        """Make the output folder, and raise InvalidInput unless a file can be written into it."""
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output):
-                pass
-        except (OSError, ValueError) as error:
-            raise InvalidInput(
-                f"nothing can be written to {self.output}: {_why(error)}; name another folder with --output."
-            ) from error
-
-    def find_input(self, name: str) -> Path:
-        """The file `name` in the first input folder that has it; an absolute path is itself.
-
-        Raises:
-            InvalidInput: no folder has it.
-        """
-        for folder in self.inputs:
-            if name and (folder / name).is_file():
-                return folder / name
-        searched = ", ".join(str(folder) for folder in self.inputs)
-        raise InvalidInput(f"no picture {name!r} in {searched}; name the folder it is in with --input.")
 
 
 def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,24 +107,6 @@ def save(
     return described
 
 
-def prefix_problem(prefix: str) -> str | None:
-    """What is wrong with a filename_prefix, in words; None where nothing is."""
-    parts = Path(prefix).parts
-    if not parts:
-        return f"filename_prefix {prefix!r} names no file; give it a name such as ComfyUI"
-    if ".." in parts or Path(prefix).is_absolute():
-        return f"filename_prefix {prefix!r} leads out of the output folder; take out '..', or the first '/'"
-    if not prefix.isprintable():
-        return f"filename_prefix {prefix!r} holds characters that no file name has; take them out"
-    longest, whole = max(len(part.encode()) for part in parts), len(prefix.encode())
-    if longest > LONGEST_PART or whole > LONGEST_PREFIX:
-        return (
-            f"filename_prefix {prefix[:40]!r}... has {whole} bytes, {longest} of them between two '/'; at "
-            f"most {LONGEST_PREFIX} and {LONGEST_PART} are possible: shorten it"
-        )
-    return None
-
-
 def _write(picture: Image.Image, target: Path, chunks: PngInfo) -> Path:
     """Write the next `<target>_<number>_.png`, whole or not at all."""
     try:
@@ -170,12 +118,8 @@ def _write(picture: Image.Image, target: Path, chunks: PngInfo) -> Path:
             path.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise InvalidInput(f"{target} cannot be written: {_why(error)}; name another folder.") from error
+        raise InvalidInput(f"{target} cannot be written: {why(error)}; name another folder.") from error
     return path
-
-
-def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def resized(image: torch.Tensor, method: str, width: int, height: int, crop: bool) -> torch.Tensor:

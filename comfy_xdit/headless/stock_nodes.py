@@ -6,17 +6,17 @@ here know their run by the hidden input FOLDERS.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-
-from comfy_xdit.headless import pictures
-from comfy_xdit.headless.pictures import Folders
+from comfy_xdit.headless.folders import Folders, prefix_problem
 from comfy_xdit.headless.surroundings import HEADLESS
 from comfy_xdit.nodes.lora import add_lora
 from comfy_xdit.nodes.sampler import MAX_SEED, sample
-from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE, parse_weights, refuse_embeddings
+
+if TYPE_CHECKING:  # what a workflow may say is known before torch is imported, which takes seconds
+    import torch
+
+    from comfy_xdit.remote import RemoteModel, RemoteTextEncoders, RemoteVAE
 
 MAX_SIDE = 16384
 UPSCALE = ["nearest-exact", "bilinear", "area", "bicubic"]
@@ -46,6 +46,8 @@ class EmptyLatentImage:
 
     def generate(self, width: int, height: int, batch_size: int) -> tuple[Latent]:
         """(batch, channels, height / 8, width / 8)."""
+        import torch
+
         return ({"samples": torch.zeros(batch_size, self.CHANNELS, height // 8, width // 8)},)
 
 
@@ -114,6 +116,8 @@ class ConditioningZeroOut:
 
     def zero_out(self, conditioning: list[Any]) -> tuple[list[Any]]:
         """Zeros in place of context and pooled output."""
+        import torch
+
         zeroed = []
         for context, options in conditioning:
             pooled = options.get("pooled_output")
@@ -201,6 +205,8 @@ class VAEEncode:
 
     def encode(self, vae: RemoteVAE, pixels: torch.Tensor) -> tuple[Latent]:
         """(B, H, W, 3) in 0..1 to (B, C, H/8, W/8); what exceeds whole places is cut off all around."""
+        from comfy_xdit.headless import pictures
+
         remote = HEADLESS.remote_of(vae)
         info = remote.info or remote.load(interrupted=HEADLESS.interrupted)
         cropped = pictures.cropped_to_multiple(pixels[..., :3], info["spatial_compression"])
@@ -237,6 +243,8 @@ class LatentUpscaleBy:
 
     def upscale(self, samples: Latent, upscale_method: str, scale_by: float) -> tuple[Latent]:
         """(B, C, H, W) to (B, C, H * scale_by, W * scale_by)."""
+        import torch.nn.functional as F
+
         latent = samples["samples"]
         size = [max(1, round(side * scale_by)) for side in latent.shape[-2:]]
         return ({**samples, "samples": F.interpolate(latent, size=size, mode=upscale_method)},)
@@ -265,6 +273,8 @@ class ImageScale:
         self, image: torch.Tensor, upscale_method: str, width: int, height: int, crop: str
     ) -> tuple[torch.Tensor]:
         """(B, H, W, C) to (B, height, width, C)."""
+        from comfy_xdit.headless import pictures
+
         return (pictures.resized(image, upscale_method, width, height, crop == "center"),)
 
 
@@ -280,6 +290,8 @@ class LoadImage:
 
     def load_image(self, image: str, folders: Folders) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, H, W, 3) in 0..1 and (B, H, W)."""
+        from comfy_xdit.headless import pictures
+
         return pictures.load(folders.find_input(image))
 
 
@@ -299,7 +311,7 @@ class SaveImage:
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str = "ComfyUI") -> bool | str:
         """Whether files can be called so: known before anything runs."""
-        return pictures.prefix_problem(filename_prefix) or True
+        return prefix_problem(filename_prefix) or True
 
     def save_images(
         self,
@@ -310,6 +322,8 @@ class SaveImage:
         folders: Folders,
     ) -> dict[str, Any]:
         """Write prefix_00001_.png, prefix_00002_.png ..."""
+        from comfy_xdit.headless import pictures
+
         return {"ui": {"images": pictures.save(images, filename_prefix, folders, prompt, extra_pnginfo)}}
 
 
@@ -333,6 +347,8 @@ def encode_prompt(clip: RemoteTextEncoders, text: str, texts: dict[str, str]) ->
     Raises:
         InvalidInput: `clip` is none of the pack's, or a text names an embedding file.
     """
+    from comfy_xdit.remote import parse_weights, refuse_embeddings
+
     remote = HEADLESS.remote_of(clip)
     for prompt in (text, *texts.values()):
         refuse_embeddings(prompt)

@@ -7,27 +7,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
-from comfy_xdit.headless import conversion, files
+from comfy_xdit.headless import files
 from comfy_xdit.nodes.surroundings import SamplerInputs
 from comfy_xdit.protocol.errors import Interrupted, InvalidInput
-from comfy_xdit.protocol.messages import Progress, Sample
-from comfy_xdit.protocol.spec import SAMPLERS, LoraFile, ModelSpec
-from comfy_xdit.remote import (
-    SCHEDULERS,
-    Application,
-    PicturePrompt,
-    Remote,
-    RemoteControlNet,
-    RemoteModel,
-    RemoteTextEncoders,
-    RemoteVAE,
-    at_sigmas,
-    with_file,
-)
+from comfy_xdit.protocol.spec import SAMPLERS, SCHEDULERS, LoraFile, ModelSpec
+
+if TYPE_CHECKING:  # a workflow is checked before torch is imported, which takes seconds
+    import torch
+
+    from comfy_xdit.protocol.messages import Progress, Sample
+    from comfy_xdit.remote import (
+        Application,
+        PicturePrompt,
+        Remote,
+        RemoteControlNet,
+        RemoteModel,
+        RemoteTextEncoders,
+        RemoteVAE,
+    )
 
 ShowStep = Callable[[int, int], None]  # (steps done, steps)
 _show_step: ContextVar[ShowStep | None] = ContextVar("show_step", default=None)
@@ -76,6 +75,8 @@ class Headless:
 
     def remote_of(self, thing: Any) -> Remote:
         """The handle behind a MODEL, CLIP or VAE. Raises InvalidInput if it is none of them."""
+        from comfy_xdit.remote import Remote
+
         if not isinstance(thing, Remote):
             raise InvalidInput(
                 f"{type(thing).__name__} is neither a MODEL, a CLIP nor a VAE; connect an xDiT loader."
@@ -84,6 +85,8 @@ class Headless:
 
     def remote_controlnet_of(self, control_net: Any) -> RemoteControlNet:
         """The handle behind a CONTROL_NET. Raises InvalidInput if it is none."""
+        from comfy_xdit.remote import RemoteControlNet
+
         if not isinstance(control_net, RemoteControlNet):
             raise InvalidInput(
                 f"{type(control_net).__name__} is no CONTROL_NET; connect 'xDiT ControlNet Loader'."
@@ -94,6 +97,8 @@ class Headless:
         self, model: RemoteModel, file: LoraFile, weights: Iterable[str], strength: float
     ) -> RemoteModel:
         """A MODEL with a LoRA file of the ranks, which changes `weights` (native names)."""
+        from comfy_xdit.remote import with_file
+
         return replace(model, patches=with_file(model.patches, file, weights, strength))
 
     def with_picture(self, model: RemoteModel, prompt: PicturePrompt) -> RemoteModel:
@@ -125,6 +130,9 @@ class Headless:
         self, model: RemoteModel, inputs: SamplerInputs
     ) -> tuple[Sample, Callable[[torch.Tensor], torch.Tensor]]:
         """KSampler's inputs as one message to the ranks, and what makes its answer a latent."""
+        from comfy_xdit.headless import conversion
+        from comfy_xdit.remote import at_sigmas
+
         remote = self.remote_of(model)
         described = remote.described(interrupted)
         request, finish = conversion.build_sample(remote.spec, described, inputs)

@@ -13,19 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from comfy_xdit import ROOT
 from comfy_xdit.demo_files import DEMO
 from comfy_xdit.headless import surroundings as headless
+from comfy_xdit.headless.folders import Folders
 from comfy_xdit.headless.format import WorkflowFile, override, read_workflow
-from comfy_xdit.headless.pictures import Folders
 from comfy_xdit.headless.stock_nodes import NODE_CLASS_MAPPINGS as STOCK
 from comfy_xdit.headless.validation import Classes, Workflow, execution_order, is_link
 from comfy_xdit.protocol.errors import InvalidInput, XDiTError
 from comfy_xdit.ranks.timing import Timing, ledger
 
+request_interrupt = headless.request_interrupt  # of a run here, e.g. by Ctrl-C
 PACK_MODULE = "comfy_xdit_nodes"  # the root nodes.py; "nodes" is ComfyUI's own
 Outputs = tuple[Any, ...]
 
@@ -59,6 +59,11 @@ class Finished:
             yield f"node {node}: {seconds:.2f} s, {outside}"
             for kind, timing in calls.items():
                 yield f"  {kind}: {timing.describe()}"
+
+
+def check_writable(output: Path) -> None:
+    """Make a folder for pictures, and raise InvalidInput unless a file can be written into it."""
+    Folders(output).check_writable()
 
 
 @cache
@@ -135,6 +140,8 @@ def _run_node(
     outputs: dict[str, Outputs],
     quiet: bool,
 ) -> Outputs:
+    import torch  # takes seconds, which a workflow that cannot run need not cost
+
     class_type = workflow[node]["class_type"]
     node_class = classes[class_type]
     arguments = _arguments(node_class, workflow[node]["inputs"], {**hidden, "UNIQUE_ID": node}, outputs)

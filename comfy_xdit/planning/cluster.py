@@ -165,7 +165,9 @@ def parse(text: str) -> Cluster:
         )
     unknown = links - {"pcie", "nvlink", "ethernet"}
     if unknown:
-        raise InvalidInput(f"{min(unknown)!r} in {text!r} is none of NVLink, PCIe and Ethernet.")
+        raise InvalidInput(
+            f"{min(unknown)!r} in {text!r} is none of NVLink, PCIe and Ethernet; write one of them, or none."
+        )
     nodes, count = numbers if len(numbers) == 2 else (1, numbers[0])
     nvlink = "nvlink" in links or ("pcie" not in links and name in _LINKED_BY_NVLINK)
     return linked(gpu(name), count, NVLINK if nvlink else PCIE, nodes=nodes)

@@ -35,6 +35,10 @@ class Measured:
         """The least seconds per step of this layout and request on this machine; None if never run."""
         return self._of(request, cluster).get(_entry(layout, request))
 
+    def knows(self, request: Request, cluster: Cluster) -> bool:
+        """Whether any time of this model on this machine is there."""
+        return bool(self._of(request, cluster))
+
     def of_layout(self, layout: ParallelConfig, request: Request, cluster: Cluster) -> dict[int, float]:
         """Seconds by image tokens, of requests that differ from `request` in those alone."""
         found = {}

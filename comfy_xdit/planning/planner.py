@@ -10,8 +10,9 @@ from comfy_xdit.planning import prediction
 from comfy_xdit.planning.cluster import Cluster
 from comfy_xdit.planning.measured import Measured
 from comfy_xdit.planning.prediction import Prediction
+from comfy_xdit.planning.reference import REFERENCES
 from comfy_xdit.planning.request import Request
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput, counted
 from comfy_xdit.protocol.parallel import DEGREES, ParallelConfig
 
 # Less than this is within the error of the model and of a measurement: fewer ranks are preferred.
@@ -96,7 +97,8 @@ def plan(
     """
     if cluster.size < 1 + shard:
         raise InvalidInput(
-            f"{cluster.size} devices; a plan needs at least {'two to share weights' if shard else 'one'}."
+            f"a plan for {counted(cluster.size, 'device')}: it needs at least "
+            + ("two to share weights; set shard_weights to false, or select more." if shard else "one.")
         )
     layouts = candidates(request, cluster, pipefusion)
     predictions = [prediction.predict(layout, request, cluster, constants) for layout in layouts]
@@ -127,7 +129,8 @@ def _corrected(
 
     What tells most about a layout comes first: itself with another number of tokens, layouts of as
     many ranks, any layout, any layout with another number of tokens. The last matters: a device that
-    is slower than its figures is slower under every layout, and one that ran must not lose by that.
+    is slower than its figures is slower under every layout, and one that ran must not lose by that. Where
+    nothing of this model ran, it is what `bench` timed on this machine.
     """
     times, elsewhere = {}, {}
     for one in predictions:
@@ -138,14 +141,37 @@ def _corrected(
         ]
     here = {p.layout: seconds / p.seconds for p in predictions if (seconds := times[p.layout]) is not None}
     anywhere = [ratio for ratios in elsewhere.values() for ratio in ratios]
+    bench = _bench(cluster, measured)
     result = []
     for one in predictions:
         alike = [ratio for layout, ratio in here.items() if layout.world_size == one.layout.world_size]
-        ratios = elsewhere[one.layout] or alike or list(here.values()) or anywhere or [1.0]
+        ratios = elsewhere[one.layout] or alike or list(here.values()) or anywhere
+        ratios = ratios or _of_reference(one.layout, bench) or [1.0]
         seconds = times[one.layout]
         expected = one.seconds * geometric_mean(ratios) if seconds is None else seconds
         result.append(Candidate(one, expected, seconds))
     return result
+
+
+def _bench(cluster: Cluster, measured: Measured) -> dict[ParallelConfig, float]:
+    """Measured over predicted of every layout that `bench` has run on this machine."""
+    reference = REFERENCES[cluster.device.kind]
+    ratios = {}
+    for request in (reference.request(guided=False), reference.request(guided=True)):
+        if not measured.knows(request, cluster):
+            break
+        for layout in candidates(request, cluster):
+            seconds = measured.seconds(layout, request, cluster)
+            if seconds is not None:
+                ratios[layout] = seconds / prediction.predict(layout, request, cluster).seconds
+    return ratios
+
+
+def _of_reference(layout: ParallelConfig, bench: dict[ParallelConfig, float]) -> list[float]:
+    """Of the same degrees, else of as many ranks, else of any: times that are far apart say little."""
+    same = [ratio for other, ratio in bench.items() if other == replace(layout, shard_weights=False)]
+    alike = [ratio for other, ratio in bench.items() if other.world_size == layout.world_size]
+    return same or alike or list(bench.values())
 
 
 def _why(pick: Candidate, ranked: list[Candidate], cluster: Cluster) -> str:
@@ -178,7 +204,11 @@ def _why(pick: Candidate, ranked: list[Candidate], cluster: Cluster) -> str:
 
 def short(candidate: Candidate) -> str:
     """E.g. `cfg 2 x ulysses 4`."""
-    layout = candidate.layout
+    return named(candidate.layout)
+
+
+def named(layout: ParallelConfig) -> str:
+    """The degrees that are not 1, as a person calls them."""
     names = {n: n.removesuffix("_degree").removesuffix("_parallel") for n in DEGREES}
     factors = [f"{names[n]} {getattr(layout, n)}" for n in DEGREES if getattr(layout, n) > 1]
     return (" x ".join(factors) or "one rank") + (", sharded" if layout.shard_weights else "")

@@ -1,4 +1,4 @@
-"""Published models by the names a person uses: what `comfy-xdit plan` knows without a file."""
+"""Published models by the names a person uses: what `python -m comfy_xdit plan` knows without a file."""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from comfy_xdit.protocol.description import ModelDescription
+if TYPE_CHECKING:  # it needs torch, and a plan for described GPUs does not
+    from comfy_xdit.protocol.description import ModelDescription
 
 DEFAULT_PIXELS = 1024
 DEFAULT_STEPS = 20

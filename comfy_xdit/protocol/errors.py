@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def counted(number: int, noun: str) -> str:
+    """1 device, 2 devices."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class XDiTError(Exception):
     """Base of every error the pack raises on purpose; its text is meant for the person at the graph."""
 
@@ -18,10 +23,17 @@ class NotInTheLoop(InvalidInput):
 
 
 class RemoteError(XDiTError, RuntimeError):
-    """A rank raised: carries the rank, the type, the message and the rank's full traceback."""
+    """A rank raised: carries the rank, the type, the message and the rank's full traceback.
+
+    The traceback is for the rank's log, and for whoever reports the error: in the text it would bury it.
+    """
+
+    remedy = (
+        "Press Run again; if it comes back, report it with the logs of the ranks: they hold the traceback."
+    )
 
     def __init__(self, rank: int, kind: str, message: str, traceback: str):
-        super().__init__(f"rank {rank}: {kind}: {message}\n\n{traceback}")
+        super().__init__(f"rank {rank}: {kind}: {message}\n{self.remedy}")
         self.rank, self.kind, self.message, self.traceback = rank, kind, message, traceback
 
     @property
@@ -35,15 +47,16 @@ class RemoteError(XDiTError, RuntimeError):
 class OutOfDeviceMemory(RemoteError):
     """A rank's device had no memory left. The text says what needs less."""
 
+    remedy = (
+        "The rank's device has no memory left for this. What needs less: shard_weights or "
+        "pipefusion_degree 2 in xDiT Parallel Config (each rank then keeps a part of the model), "
+        "more ranks (ulysses_degree), a smaller picture or batch, tiles in xDiT VAE Decode."
+    )
+
     @classmethod
     def of(cls, error: RemoteError) -> OutOfDeviceMemory:
         """The same with the remedy."""
-        remedy = (
-            "The rank's device has no memory left for this. What needs less: shard_weights or "
-            "pipefusion_degree 2 in xDiT Parallel Config (each rank then keeps a part of the model), "
-            "more ranks (ulysses_degree), a smaller picture or batch, tiles in xDiT VAE Decode."
-        )
-        return cls(error.rank, error.kind, f"{error.message}\n{remedy}", error.traceback)
+        return cls(error.rank, error.kind, error.message, error.traceback)
 
 
 class WorkerDied(XDiTError, RuntimeError):

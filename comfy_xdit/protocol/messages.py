@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from comfy_xdit.protocol.parallel import ParallelConfig
 from comfy_xdit.protocol.spec import ControlNet, HostComfyUI, IPAdapterFile, LoraFile, ModelSpec
 
+if TYPE_CHECKING:  # a command that sends nothing need not wait for torch
+    import torch
+
 # What ControlNets add: for each place in the transformer a tensor (B or 1, tokens, width) or None per block.
-Residuals = Mapping[str, list[torch.Tensor | None]]
+Residuals = Mapping[str, "list[torch.Tensor | None]"]
 
 # ------------------------------------------------------------------ host -> ranks
 

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput, counted
 
 DEGREES = (
     "data_parallel_degree",
@@ -90,8 +90,9 @@ class ParallelConfig:
             )
         devices = self.devices or available[: self.world_size]
         if self.world_size != len(devices):
+            selected = counted(len(devices), "device") + (" is" if len(devices) == 1 else " are")
             raise InvalidInput(
-                f"{self._factors()}, but {len(devices)} devices are selected "
+                f"{self._factors()}, but {selected} selected "
                 f"({', '.join(devices) or 'none'}); set the degrees so that their product is "
                 f"{len(devices)}, or choose other devices."
             )
@@ -117,7 +118,7 @@ def parse_devices(text: str, available: tuple[str, ...]) -> tuple[str, ...]:
                 "name devices of this machine, separated by commas, or leave the field empty."
             )
         if device != "cpu" and device in chosen:
-            raise InvalidInput(f"device {device} is named twice; each rank needs its own.")
+            raise InvalidInput(f"device {device} is named twice, and each rank needs its own; name it once.")
         chosen.append(device)
     return tuple(chosen)
 

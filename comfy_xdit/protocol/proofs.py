@@ -24,8 +24,8 @@ TOKENS, PATCHES = "tokens", "patches"  # what is proven: Ulysses and Ring, or Pi
 KEPT = 1000  # proofs; the oldest go first
 RANKS = Path(__file__).parents[2] / "worker"
 UNPROVEN = (
-    "it is not proven yet that this ComfyUI's class gives the same picture on several ranks; "
-    "`comfy-xdit doctor --families --prove` does it, and so does the first load that would spread it"
+    "it is not proven yet that this ComfyUI's class gives the same picture on several ranks; `python "
+    "-m comfy_xdit doctor --families --prove` does it, and so does the first load that would spread it"
 )
 
 

@@ -50,7 +50,7 @@ class Sampling:
         if (self.kind == "discrete") == (self.prediction == "flow"):
             raise InvalidInput(
                 f"sampling kind {self.kind!r} does not go with prediction {self.prediction!r}: a discrete "
-                "table is for epsilon and v, and all others are for flow."
+                "table is for epsilon and v, and all others are for flow; use a model this version knows."
             )
 
     @cached_property

@@ -12,6 +12,10 @@ from comfy_xdit.protocol.regular_files import check_there
 
 WEIGHT_DTYPES = ("default", "fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 SAMPLERS = ("euler", "heun", "dpmpp_2m")  # ComfyUI's names of those whose loop runs in the ranks
+SCHEDULERS = (  # ComfyUI's names
+    "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
+    "kl_optimal",
+)  # fmt: skip
 # The control types of FLUX.1's union ControlNets (InstantX, Shakker Labs), by their numbers.
 CONTROL_TYPES = {
     "none": None, "canny (0)": 0, "tile (1)": 1, "depth (2)": 2, "blur (3)": 3, "pose (4)": 4, "gray (5)": 5,
@@ -47,7 +51,10 @@ class HostComfyUI:
         root = root.resolve()
         version = comfyui_version(root)
         if version is None or not (root / "comfy").is_dir():
-            raise InvalidInput(f"{root} is no ComfyUI: it has no folder comfy and no comfyui_version.py.")
+            raise InvalidInput(
+                f"{root} is no ComfyUI: it has no folder comfy and no comfyui_version.py; name "
+                "the folder that its main.py is in."
+            )
         return cls(str(root), version)
 
 

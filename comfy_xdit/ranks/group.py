@@ -66,6 +66,11 @@ class WorkerGroup:
         return [] if processes is None else processes.pids
 
     @property
+    def busy(self) -> bool:
+        """Whether a call is in progress: another one would wait for it."""
+        return self._turn.locked()
+
+    @property
     def logs(self) -> str:
         """Where the logs of the ranks are, in words; empty where there are none."""
         return "" if self._logs is None else self._logs.where

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from comfy_xdit.protocol.messages import Result
 
@@ -57,6 +58,14 @@ class Timing:
             communication, self.reporting + other.reporting,
             self.steps + other.steps, self.calls + other.calls,
         )  # fmt: skip
+
+    def plain(self) -> dict[str, Any]:
+        """Seconds and bytes by name, and the words for them."""
+        return {
+            "seconds": self.host, "compute": self.compute, "communication": self.communication,
+            "bridge": self.bridge, "steps": self.steps, "sent": self.sent, "received": self.received,
+            "text": self.describe(),
+        }  # fmt: skip
 
     def describe(self) -> str:
         """In words, by step, or by call where there are none."""

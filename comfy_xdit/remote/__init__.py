@@ -13,12 +13,11 @@ from comfy_xdit.remote.ip_adapter import PicturePrompt, at_sigmas, negative_rows
 from comfy_xdit.remote.model import RemoteModel
 from comfy_xdit.remote.patches import file_patch, patch_set, with_file
 from comfy_xdit.remote.prompt import parse_weights, refuse_embeddings
-from comfy_xdit.remote.schedulers import SCHEDULERS, sigmas_of
+from comfy_xdit.remote.schedulers import sigmas_of
 from comfy_xdit.remote.text import RemoteTextEncoders
 from comfy_xdit.remote.vae import RemoteVAE
 
 __all__ = [
-    "SCHEDULERS",
     "Application",
     "PicturePrompt",
     "Remote",

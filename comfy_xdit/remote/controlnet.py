@@ -95,7 +95,9 @@ def checked_application(
         raise InvalidInput(f"start is {start} and end is {end}; set both within 0..1, start first.")
     net.refuse_without_vae(vae)
     if control_type not in CONTROL_TYPES:
-        raise InvalidInput(f"control_type {control_type!r} is not one of {', '.join(CONTROL_TYPES)}.")
+        raise InvalidInput(
+            f"control_type {control_type!r} is not one of {', '.join(CONTROL_TYPES)}; choose one."
+        )
     mode = CONTROL_TYPES[control_type]
     check_mode(net, mode)
     return Application(net, image, vae, strength, start, end, mode)
@@ -121,5 +123,7 @@ def mode_of(words: Any) -> int | None:
     if isinstance(words, (list, tuple)) and len(words) == 1:
         return int(words[0])
     if words:
-        raise InvalidInput(f"control_type is {words}; a ControlNet in the ranks takes one of its types.")
+        raise InvalidInput(
+            f"control_type is {words}; a ControlNet in the ranks takes one type: choose one number."
+        )
     return None

@@ -13,6 +13,7 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import Sampling
+from comfy_xdit.protocol.spec import SCHEDULERS
 
 KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6  # both parameters of the beta distribution
@@ -37,7 +38,7 @@ def sigmas_of(sampling: Sampling, scheduler: str, steps: int, denoise: float = 1
         InvalidInput: an unknown scheduler, steps below 1, denoise outside 0..1, or a schedule that
             is not defined for so few steps.
     """
-    if scheduler not in _SCHEDULES:
+    if scheduler not in SCHEDULERS:
         raise InvalidInput(
             f"scheduler {scheduler!r} is not one of {', '.join(SCHEDULERS)}; choose one of them."
         )
@@ -150,4 +151,3 @@ _SCHEDULES: dict[str, Callable[[Sampling, int], torch.Tensor]] = {
     "linear_quadratic": _linear_quadratic,
     "kl_optimal": _kl_optimal,
 }
-SCHEDULERS = tuple(_SCHEDULES)

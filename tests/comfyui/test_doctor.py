@@ -1,4 +1,4 @@
-"""`comfy-xdit doctor --families --prove` on the ComfyUI at hand: two ranks, through the command line."""
+"""`doctor --families --prove` on the ComfyUI at hand: two ranks, through the command line."""
 
 from __future__ import annotations
 

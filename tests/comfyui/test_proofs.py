@@ -105,7 +105,7 @@ def test_auto_has_a_class_proven_that_nothing_is_known_of(host, files):
 
 
 def test_doctor_shows_what_is_remembered(host):
-    shown = "\n".join(families.lines(Path(host.root)))
+    shown = "\n".join(families.lines(host))
 
     assert "MMDiT (" in shown and "Ulysses and Ring: yes" in shown
     assert "auraflow                proven: " in shown

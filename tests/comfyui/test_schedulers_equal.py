@@ -8,7 +8,8 @@ import torch
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.sampling import Sampling
-from comfy_xdit.remote.schedulers import SCHEDULERS, sigmas_of
+from comfy_xdit.protocol.spec import SCHEDULERS
+from comfy_xdit.remote.schedulers import sigmas_of
 
 MODULES = ("model_sampling", "samplers")
 FAMILIES = {

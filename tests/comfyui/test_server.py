@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ import psutil
 import pytest
 from PIL import Image, ImageChops
 
+from comfy_xdit import status
 from comfy_xdit.ranks.environment import ROOT
 from tests.comfyui.inputs import DEMO, python_path
 from tests.comfyui.server import Client, Run, Server
@@ -229,3 +232,19 @@ def test_no_rank_outlives_a_killed_server(tmp_path):
         assert not [process for process in left if not _has_ended(process)]
     finally:
         server.close()
+
+
+def test_the_server_says_what_runs_and_gives_translations_and_blueprints(server):
+    told = status.asked(server.url)
+    assert told["version"] and told["queue"] == {"running": 0, "waiting": 0}
+    assert told["report"].splitlines()[0] == f"comfy_xdit {told['version']}"
+    with urllib.request.urlopen(f"{server.url}/i18n", timeout=60) as answer:
+        translations = json.load(answer)
+    assert translations["zh"]["nodeDefs"]["XDiTSampler"]["display_name"] == "xDiT 采样器"
+    try:
+        with urllib.request.urlopen(f"{server.url}/global_subgraphs", timeout=60) as answer:
+            blueprints = json.load(answer)
+    except urllib.error.HTTPError as error:
+        assert error.code == 404, "ComfyUI 0.3.64 has none"
+    else:
+        assert any("xDiT" in blueprint["name"] for blueprint in blueprints.values())

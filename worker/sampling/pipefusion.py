@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from comfy_xdit.protocol.errors import InvalidInput
+from comfy_xdit.protocol.errors import InvalidInput, counted
 from comfy_xdit.protocol.messages import Sample
 from worker.loop import Run
 from worker.parallel import Announcement, Patches, RankGroups, Shard
@@ -252,8 +252,8 @@ def _checked_tokens(
     tokens = transformer.image_tokens(replace(first, conditions=given))
     if tokens < degrees.stages:
         raise InvalidInput(
-            f"{tokens} image tokens are fewer than the {degrees.stages} patches that {degrees.stages} stages "
-            "need; draw a larger picture, or set pipefusion_degree to 1."
+            f"the picture has {counted(tokens, 'token')}, and pipefusion_degree {degrees.stages} needs one "
+            "for each stage; draw a larger picture, or set pipefusion_degree to 1."
         )
     return tokens
 

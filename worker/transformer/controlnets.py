@@ -147,10 +147,11 @@ class FittedControlNet:
         positions = self.config.get("pos_embed_max_size")
         patch = self._latent.patch
         if positions is not None and max(to_whole_patches(x, patch).shape[-2:]) > positions * patch[-1]:
-            most = positions * patch[-1]
+            pixels = self._latent.compression
+            most = positions * patch[-1] * pixels
             raise InvalidInput(
-                f"the latent is {width} x {height}, and {self.name} has positions for {most} x {most}; "
-                "draw a smaller picture."
+                f"the picture is {width * pixels} x {height * pixels} pixels, and {self.name} has positions "
+                f"for {most} x {most}; draw a smaller picture."
             )
 
     def residuals(

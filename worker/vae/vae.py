@@ -106,7 +106,7 @@ class VAE:
         if pixels.ndim != self.geometry.dimensions or pixels.shape[1] != 3 or pixels.numel() == 0:
             raise InvalidInput(
                 f"the pictures have shape {tuple(pixels.shape)}, the VAE encodes (batch, 3, "
-                f"{'' if self.geometry.temporal is None else 'frames, '}height, width)."
+                f"{'' if self.geometry.temporal is None else 'frames, '}height, width); connect an IMAGE."
             )
         if min(pixels.shape[-2:]) < step:
             raise InvalidInput(
@@ -114,7 +114,9 @@ class VAE:
                 f"latent, {step} x {step}; use a larger one."
             )
         if not torch.isfinite(pixels).all():
-            raise InvalidInput("the picture holds values that are not finite (NaN or infinity).")
+            raise InvalidInput(
+                "the picture holds values that are not finite (NaN or infinity); check the node that made it."
+            )
         centre = _cropped(pixels, step)
         rows = centre.shape[-2] // step
 
@@ -156,7 +158,9 @@ def _without_weights(cls: type[nn.Module], stored: StoredVAE, path: str) -> nn.M
         with init_empty_weights():
             return cls.from_config(stored.config)
     except (TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
-        raise InvalidInput(f"the configuration of the {stored.cls} in {path} is wrong: {error}.") from error
+        raise InvalidInput(
+            f"the configuration of the {stored.cls} in {path} is wrong: {error}; download the folder again."
+        ) from error
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

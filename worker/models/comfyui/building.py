@@ -99,8 +99,8 @@ def fill(
         if isinstance(error, InvalidInput):
             raise
         raise InvalidInput(
-            f"{path} does not fit ComfyUI's {type(module).__name__}: {error}; the file is damaged, or of a "
-            "format that this ComfyUI does not know."
+            f"{path} does not fit ComfyUI's {type(module).__name__}: {_last_line(error)}; the file is "
+            "damaged, or of a format that this ComfyUI does not know: download it again, or update ComfyUI."
         ) from error
 
 
@@ -146,13 +146,18 @@ def _check_shape(
         )
 
 
+def _last_line(error: Exception) -> str:
+    """PyTorch begins with a headline and lists every tensor that does not fit."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
 def _check_lacking(names: Sequence[str], module: nn.Module, path: str) -> None:
     """Raise InvalidInput for the first of these parameters that no layer makes itself."""
     for name in names:
         if not name.endswith(MADE_BY_LAYERS):
             raise InvalidInput(
                 f"{path} lacks the tensor {name} of ComfyUI's {type(module).__name__}; "
-                "the file is incomplete."
+                "the file is incomplete: download it again."
             )
 
 

@@ -103,9 +103,11 @@ class SD3(ModelFamily):
         pooled = self.tensor(conditions, "y", config["pooled_projection_dim"])
         patch, most = config["patch_size"], config["pos_embed_max_size"]
         if max(x.shape[-2:]) > most * patch:
+            pixels = self.latent(config).compression
+            width, height, side = (pixels * n for n in (x.shape[-1], x.shape[-2], most * patch))
             raise InvalidInput(
-                f"the latent is {x.shape[-1]} x {x.shape[-2]}, and this {self.name} has positions for "
-                f"{most * patch} x {most * patch}; draw a smaller picture."
+                f"the picture is {width} x {height} pixels, and this {self.name} has positions for {side} x "
+                f"{side}; draw a smaller picture."
             )
         kwargs = {
             "hidden_states": x,
