@@ -123,7 +123,8 @@ def check_fields(word: Any) -> None:
 
 @functools.cache
 def _hints(word: type) -> dict[str, Any]:
-    return get_type_hints(word)
+    # messages.py names torch in hints, and imports it for type checkers alone.
+    return get_type_hints(word, localns={"torch": torch})
 
 
 def _is(value: Any, hint: Any) -> bool:
