@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,26 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from tests import tiny
 
     return tiny.write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """folders(name) -> a transformer of tests.folder_cases and its pipeline's folder, written once."""
+    import torch
+
+    from tests.folder_cases import FOLDERS
+
+    root, written = tmp_path_factory.mktemp("folders"), {}
+
+    def get(name: str) -> tuple[Any, Path]:
+        if name not in written:
+            folder = root / name.replace(" ", "_")
+            folder.mkdir()
+            with torch.inference_mode(False):
+                written[name] = FOLDERS[name].write(folder), folder
+        return written[name]
+
+    return get
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,21 +22,6 @@ CALLS["Ulysses 2, sharded"] = SHARDED["Ulysses 2, sharded"]
 TIMES = torch.tensor([731.0, 12.0])
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folders(name) -> the transformer and its pipeline's folder, written once."""
-    root, written = tmp_path_factory.mktemp("folders"), {}
-
-    def get(name):
-        if name not in written:
-            folder = root / name.replace(" ", "_")
-            folder.mkdir()
-            written[name] = FOLDERS[name].write(folder), folder
-        return written[name]
-
-    return get
-
-
 def compact(name, values):
     """Parametrised, under names that -k takes."""
     return pytest.mark.parametrize(name, values, ids=lambda value: value.replace(" ", ""))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_xdit.ranks.environment import ROOT
+from comfy_xdit.ranks.environment import ROOT, rank_threads
 from tests import tiny
 from tests.comfyui.inputs import DEMO, FLUX_CONFIG, LAYOUTS, SHIM, python_path
 from worker.models.flux.family import Flux
@@ -83,6 +83,24 @@ def run_node(comfyui: SimpleNamespace) -> Any:
         return getattr(outputs, "args", outputs)  # nodes of ComfyUI's newer kind wrap them
 
     return run
+
+
+@pytest.fixture(scope="module")
+def threads_of_a_rank() -> Iterator[None]:
+    """As many here as a rank has: sums are in another order with another number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(rank_threads(1))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(comfyui: SimpleNamespace) -> Iterator[Path]:
+    """The folder for them; within, ComfyUI's text encoders are as small as those of the tiny files."""
+    from tests.comfyui.tiny_checkpoints import small_text_encoders
+
+    with small_text_encoders():
+        yield comfyui.models / "checkpoints"
 
 
 # Of module scope, so that the tests of one layout run together: another layout is other processes.

@@ -32,6 +32,15 @@ LAYOUTS = {
     "ulysses2": {"ulysses_degree": 2},
     "cfg2": {"cfg_parallel_degree": 2},
 }
+# Every method of a class in ComfyUI, on two ranks, without pipelines.
+METHODS = {
+    "cfg": {"cfg_parallel_degree": 2},
+    "data": {"data_parallel_degree": 2},
+    "ulysses": {"ulysses_degree": 2},
+    "ring": {"ring_degree": 2},
+    "sharded": {"data_parallel_degree": 2, "shard_weights": True},
+    "sharded tokens": {"ulysses_degree": 2, "shard_weights": True},
+}
 FLUX_BYTES = 12e9  # ComfyUI's copy and the ranks' copies, in fp32
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from comfy_xdit.headless.format import api_of
 from comfy_xdit.protocol.errors import InvalidInput
-from comfy_xdit.ranks.environment import ROOT, rank_threads
+from comfy_xdit.ranks.environment import ROOT
 from comfy_xdit.ranks.registry import running_groups
 from tests.comfyui.inputs import layout, relative_l2
 from tests.comfyui.tiny_checkpoints import (
@@ -22,9 +22,10 @@ from tests.comfyui.tiny_checkpoints import (
     parts,
     randomised,
     save,
-    small_text_encoders,
     write,
 )
+
+pytestmark = pytest.mark.usefixtures("threads_of_a_rank", "checkpoints")
 
 PER_RUN = 1e-5  # relative L2 over ranks
 PROMPTS = ("a red circle on a blue square", "")
@@ -32,35 +33,14 @@ PROMPTS = ("a red circle on a blue square", "")
 IN_DIFFUSERS = {"sd3": PER_RUN}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """As many as a rank has: sums are in another order with another number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(rank_threads(1))
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def text_encoders(comfyui):
-    """In the size of the tiny files."""
-    with small_text_encoders():
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(comfyui) -> Path:
-    return comfyui.models / "checkpoints"
-
-
-@pytest.fixture(scope="module")
-def files(folder) -> Any:
+def files(checkpoints) -> Any:
     """Name of a checkpoint -> its file, written once."""
     written: dict[str, str] = {}
 
     def file(name: str) -> str:
         if name not in written:
-            written[name] = write(name, folder)
+            written[name] = write(name, checkpoints)
         return written[name]
 
     return file
@@ -301,9 +281,9 @@ def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("degrees", [{}, {"cfg_parallel_degree": 2}, {"ulysses_degree": 2}], ids=str)
 @pytest.mark.parametrize("quantised", [scaled, plain])
-def test_a_quantised_checkpoint(run_node, folder, files, quantised, degrees):
+def test_a_quantised_checkpoint(run_node, checkpoints, files, quantised, degrees):
     name = f"sd3_{quantised.__name__}.safetensors"
-    save(quantised(load_file(folder / files("sd3"))), folder / name)
+    save(quantised(load_file(checkpoints / files("sd3"))), checkpoints / name)
     pair = load(run_node, name, **degrees)
     conditionings = [prompts(run_node, one.clip) for one in (pair.ours, pair.stock)]
     assert all(map(equal, *conditionings))
@@ -329,13 +309,15 @@ def outputs_of(run_node, graph: dict[str, Any], node: str) -> tuple[Any, ...]:
     return run_node(graph[node]["class_type"], **inputs)
 
 
-def test_the_workflow_of_sd35_draws_what_it_draws_with_the_stock_loader(comfyui, run_node, folder, files):
+def test_the_workflow_of_sd35_draws_what_it_draws_with_the_stock_loader(
+    comfyui, run_node, checkpoints, files
+):
     workflow = json.loads((ROOT / "workflows" / "sd3.5_checkpoint.json").read_text())
     graph = api_of(workflow, comfyui.mappings)
     (loader,) = (node for node, of in graph.items() if of["class_type"] == "XDiTLoadCheckpoint")
     (size,) = (node for node, of in graph.items() if of["class_type"] == "EmptySD3LatentImage")
     (decode,) = (node for node, of in graph.items() if of["class_type"] == "VAEDecode")
-    save(scaled(load_file(folder / files("sd3"))), folder / graph[loader]["inputs"]["ckpt_name"])
+    save(scaled(load_file(checkpoints / files("sd3"))), checkpoints / graph[loader]["inputs"]["ckpt_name"])
     graph[size]["inputs"] |= {"width": 80, "height": 112}
 
     (ours,) = outputs_of(run_node, graph, decode)
@@ -350,16 +332,16 @@ def test_the_workflow_of_sd35_draws_what_it_draws_with_the_stock_loader(comfyui,
 # ---------------------------------------------------------------------- what a file lacks
 
 
-def test_without_a_clip_there_is_none_as_in_stock(run_node, folder):
-    pair = load(run_node, write("sd15", folder, "clip"))
+def test_without_a_clip_there_is_none_as_in_stock(run_node, checkpoints):
+    pair = load(run_node, write("sd15", checkpoints, "clip"))
 
     assert pair.ours.clip is None and pair.stock.clip is None
     ours, stock = (sampled(run_node, one.model, prompts(run_node, None)) for one in (pair.ours, pair.stock))
     assert torch.equal(ours, stock)
 
 
-def test_without_a_vae_its_use_says_so_as_in_stock(run_node, folder):
-    pair = load(run_node, write("sd15", folder, "vae"))
+def test_without_a_vae_its_use_says_so_as_in_stock(run_node, checkpoints):
+    pair = load(run_node, write("sd15", checkpoints, "vae"))
 
     said = []
     for one in (pair.ours, pair.stock):
@@ -370,10 +352,10 @@ def test_without_a_vae_its_use_says_so_as_in_stock(run_node, folder):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
-def test_a_diffusion_model_alone_among_the_checkpoints(run_node, folder, name):
+def test_a_diffusion_model_alone_among_the_checkpoints(run_node, checkpoints, name):
     """As stock: a MODEL, no CLIP, and a VAE that raises when it is used."""
     tensors = {key.removeprefix(MODEL): tensor for key, tensor in parts(name)["model"].items()}
-    save(tensors, folder / f"{name}_alone.safetensors")
+    save(tensors, checkpoints / f"{name}_alone.safetensors")
     pair = load(run_node, f"{name}_alone.safetensors")
 
     assert pair.ours.clip is None and pair.stock.clip is None
@@ -393,8 +375,8 @@ def mapped(pid: int | str, file: Path) -> int | None:
     return sum(int(line.split()[1]) * 1024 for line in resident) if starts else None
 
 
-def test_the_host_keeps_nothing_of_the_model_and_a_rank_reads_nothing_else(run_node, folder):
-    file = folder / write("sd15", folder, file="sd15_large")
+def test_the_host_keeps_nothing_of_the_model_and_a_rank_reads_nothing_else(run_node, checkpoints):
+    file = checkpoints / write("sd15", checkpoints, file="sd15_large")
     tensors = load_file(file)
     more = {f"cond_stage_model.unused.{i}.weight": torch.ones(512, 4096) for i in range(4)}  # 32 MiB
     save(tensors | more, file)

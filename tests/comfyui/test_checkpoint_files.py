@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from safetensors.torch import load_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.ranks.registry import running_groups
 from tests.comfyui.inputs import layout
-from tests.comfyui.tiny_checkpoints import MODEL, save, small_text_encoders, write
+from tests.comfyui.tiny_checkpoints import MODEL, save, write
+
+pytestmark = pytest.mark.usefixtures("checkpoints")
 
 SECONDS = 2.0  # in which a file is refused
 Tensors = dict[str, torch.Tensor]
@@ -35,22 +36,10 @@ NOT_LISTED = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def text_encoders(comfyui):
-    """In the size of the tiny files."""
-    with small_text_encoders():
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(comfyui) -> Path:
-    return comfyui.models / "checkpoints"
-
-
-@pytest.fixture(scope="module")
-def whole(folder) -> Tensors:
+def whole(checkpoints) -> Tensors:
     """The tensors of a good file."""
-    return load_file(folder / write("sd15", folder, file="good"))
+    return load_file(checkpoints / write("sd15", checkpoints, file="good"))
 
 
 # ---------------------------------------------------------------------- lists
@@ -81,7 +70,7 @@ def _dtype(node: str) -> dict[str, str]:
     return {"weight_dtype": "default"} if node == "XDiTLoadDiffusionModel" else {}
 
 
-def test_a_path_out_of_the_folder_is_none_of_the_names(comfyui, folder, tmp_path):
+def test_a_path_out_of_the_folder_is_none_of_the_names(comfyui, checkpoints, tmp_path):
     save({"a": torch.ones(1)}, tmp_path / "elsewhere.safetensors")
     check = comfyui.mappings["XDiTLoadCheckpoint"].VALIDATE_INPUTS
 
@@ -89,10 +78,10 @@ def test_a_path_out_of_the_folder_is_none_of_the_names(comfyui, folder, tmp_path
         assert isinstance(check(ckpt_name=name), str)
 
 
-def test_a_queued_prompt_is_refused_with_the_reason(comfyui, folder):
+def test_a_queued_prompt_is_refused_with_the_reason(comfyui, checkpoints):
     """As the server checks it before anything runs."""
     execution = importlib.import_module("execution")
-    (folder / "queued.ckpt").write_bytes(b"\x80\x04.")
+    (checkpoints / "queued.ckpt").write_bytes(b"\x80\x04.")
     graph = {
         "1": {"class_type": "XDiTLoadCheckpoint", "inputs": {"ckpt_name": "queued.ckpt"}},
         "2": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 2]}},
@@ -142,7 +131,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 }
 
 
-def test_a_bad_checkpoint_is_refused_and_what_is_loaded_goes_on(run_node, folder, whole):
+def test_a_bad_checkpoint_is_refused_and_what_is_loaded_goes_on(run_node, checkpoints, whole):
     given = {"parallel": layout(1)}
     model, clip, _ = run_node("XDiTLoadCheckpoint", ckpt_name="good.safetensors", **given)
     (prompt,) = run_node("CLIPTextEncode", clip=clip, text="a circle")
@@ -156,12 +145,12 @@ def test_a_bad_checkpoint_is_refused_and_what_is_loaded_goes_on(run_node, folder
         return latent["samples"]
 
     before, pids = drawn(model), [group.pids for group in running_groups()]
-    good = (folder / "good.safetensors").read_bytes()
+    good = (checkpoints / "good.safetensors").read_bytes()
     damaged = {"cut": good[:-1000], "header": good[:100], "empty": b"", "text": b"<html>" * 100}
     for name, content in damaged.items():
-        (folder / f"bad_{name}.safetensors").write_bytes(content)
+        (checkpoints / f"bad_{name}.safetensors").write_bytes(content)
     for name, (change, _) in WRONG.items():
-        save(change(whole), folder / f"bad_{name}.safetensors")
+        save(change(whole), checkpoints / f"bad_{name}.safetensors")
     expected = dict.fromkeys(damaged, "is damaged or not a safetensors file") | {
         name: why for name, (_, why) in WRONG.items()
     }
@@ -177,9 +166,9 @@ def test_a_bad_checkpoint_is_refused_and_what_is_loaded_goes_on(run_node, folder
     assert torch.equal(drawn(model), before)
 
 
-def test_a_text_encoder_of_another_shape_is_said_in_stocks_words(run_node, folder, whole):
+def test_a_text_encoder_of_another_shape_is_said_in_stocks_words(run_node, checkpoints, whole):
     key = next(key for key in whole if key.endswith("layers.0.mlp.fc1.weight"))
-    save(whole | {key: torch.ones(3, 3)}, folder / "odd_clip.safetensors")
+    save(whole | {key: torch.ones(3, 3)}, checkpoints / "odd_clip.safetensors")
 
     said = []
     for node in ("XDiTLoadCheckpoint", "CheckpointLoaderSimple"):
@@ -189,18 +178,18 @@ def test_a_text_encoder_of_another_shape_is_said_in_stocks_words(run_node, folde
     assert said[0] == said[1] and "size mismatch" in said[0]
 
 
-def test_a_file_that_is_another_one_by_now_is_refused(comfyui, folder, whole, monkeypatch):
+def test_a_file_that_is_another_one_by_now_is_refused(comfyui, checkpoints, whole, monkeypatch):
     """Half of one checkpoint and half of another is neither."""
     import comfy.sd
 
     from comfy_xdit.comfy_types.surroundings import COMFYUI
 
-    save(whole, folder / "swapped.safetensors")
-    spec = COMFYUI.spec_of(folder / "swapped.safetensors", "default", checkpoint=True)
+    save(whole, checkpoints / "swapped.safetensors")
+    spec = COMFYUI.spec_of(checkpoints / "swapped.safetensors", "default", checkpoint=True)
     stock = comfy.sd.load_checkpoint_guess_config
 
     def swapping(*args, **kwargs):
-        save(whole | {"more": torch.ones(9)}, folder / "swapped.safetensors")
+        save(whole | {"more": torch.ones(9)}, checkpoints / "swapped.safetensors")
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", swapping)

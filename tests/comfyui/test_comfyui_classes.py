@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_xdit.ranks.environment import rank_threads
 from comfy_xdit.ranks.registry import running_groups
 from comfy_xdit.remote.model import RemoteModel
 from tests.comfyui import class_ranks
@@ -34,7 +33,7 @@ BY_FILE = ("1 rank, fp32", "1 rank, bf16", "CFG 2", "sharded 2")  # columns that
 SPREAD = 1e-5  # relative L2 of a call
 DEAF = 1e-4  # at least, once ranks leave out each other's keys
 # The first test of several ranks waits for what four of them measure of all classes: minutes.
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.usefixtures("threads_of_a_rank"), pytest.mark.timeout(1800)]
 MOST_WHOLE = 2  # classes of a version that Ulysses and Ring do not spread
 
 
@@ -46,15 +45,6 @@ def forced(comfyui):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(FORCED, "comfyui")
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """As many as a rank has: sums are in another order with another number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(rank_threads(1))
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,34 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.messages import Status
-from comfy_xdit.ranks.environment import rank_threads
 from comfy_xdit.ranks.registry import worker_group
-from tests.comfyui.inputs import layout, relative_l2
+from tests.comfyui.inputs import METHODS, layout, relative_l2
 from tests.comfyui.tiny_classes import write
 from worker.models.comfyui.cases import CASES, Draw
+
+pytestmark = pytest.mark.usefixtures("threads_of_a_rank")
 
 NAME = "wan t2v"
 CHANGED = "blocks.0.ffn.2"  # by a LoRA
 Tensors = dict[str, torch.Tensor]
 File = tuple[Tensors, dict[str, str]]  # and the metadata
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-METHODS = {
-    "cfg": {"cfg_parallel_degree": 2},
-    "data": {"data_parallel_degree": 2},
-    "ulysses": {"ulysses_degree": 2},
-    "ring": {"ring_degree": 2},
-    "sharded": {"data_parallel_degree": 2, "shard_weights": True},
-    "sharded tokens": {"ulysses_degree": 2, "shard_weights": True},
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """As many as a rank has: sums are in another order with another number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(rank_threads(1))
-    yield
-    torch.set_num_threads(before)
 
 
 def linears(tensors: Tensors) -> list[str]:

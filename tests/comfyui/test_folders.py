@@ -32,22 +32,6 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folders(name) -> the transformer and its pipeline's folder, written once."""
-    root, written = tmp_path_factory.mktemp("folders"), {}
-
-    def get(name):
-        if name not in written:
-            folder = root / name.replace(" ", "_")
-            folder.mkdir()
-            with torch.inference_mode(False):
-                written[name] = FOLDERS[name].write(folder), folder
-        return written[name]
-
-    return get
-
-
 def _model(folder: Any, layout: str) -> Any:
     from comfy_xdit.comfy_types.model.handles import model_of
 
@@ -164,6 +148,20 @@ def _picture(case: FolderCase) -> tuple[torch.Tensor | None, torch.Tensor | None
         return image, torch.cat([torch.zeros(1, 4, *sizes), scaled.repeat(1, 1, sizes[0], 1, 1)], 1)
     rest = torch.zeros(1, channels, sizes[0] - 1, *sizes[1:])
     return image, torch.cat([scaled, rest], 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 10, 6), (1, 3, 1, 10, 6), (4, 10, 6)], ids=str)
+def test_a_picture_of_another_vae_is_refused(comfyui, run_node, folders, shape):
+    name = "CogVideoX 5B I2V"
+    model, case = _model(folders(name)[1], "CFG 2"), FOLDERS[name]
+    given, image = case.conditions(2), torch.zeros(shape)
+
+    with pytest.raises(InvalidInput, match=r"concat_latent_image is .* takes 4 channels beside its latent"):
+        run_node(
+            "KSampler", model=model, seed=SEED, steps=1, cfg=CFG, sampler_name="euler", scheduler="simple",
+            positive=_conditioning(given, 0, image), negative=_conditioning(given, 1, image),
+            latent_image={"samples": torch.zeros(1, *case.shape[1:])}, denoise=1.0,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOLDERS, ids=lambda name: name.replace(" ", ""))

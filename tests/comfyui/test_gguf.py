@@ -13,35 +13,19 @@ from safetensors.torch import load_file, save_file
 from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.gguf_header import read_header
 from comfy_xdit.protocol.messages import Status
-from comfy_xdit.ranks.environment import rank_threads
 from comfy_xdit.ranks.registry import worker_group
 from tests import gguf_files
-from tests.comfyui.inputs import layout, relative_l2
+from tests.comfyui.inputs import METHODS, layout, relative_l2
 from tests.comfyui.tiny_classes import write
 from worker.models.comfyui.cases import CASES, Draw
 
+pytestmark = pytest.mark.usefixtures("threads_of_a_rank")
+
 NAME = "wan t2v"
 WIDE = {"dim": 256, "ffn_dim": 512}  # rows of whole blocks of every type
-LAYOUTS = {
-    "cfg": {"cfg_parallel_degree": 2},
-    "data": {"data_parallel_degree": 2},
-    "ulysses": {"ulysses_degree": 2},
-    "ring": {"ring_degree": 2},
-    "sharded": {"data_parallel_degree": 2, "shard_weights": True},
-    "sharded tokens": {"ulysses_degree": 2, "shard_weights": True},
-}
 # Of other classes, whose names, and kinds of layers, are others.
 OTHERS = ("flux", "flux2", "qwen image", "lumina 2", "hunyuan video", "sd3.5 medium", "ltxv", "auraflow")
 CONVERTED: dict[tuple[str, str], tuple[str, str]] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """As many as a rank has: sums are in another order with another number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(rank_threads(1))
-    yield
-    torch.set_num_threads(before)
 
 
 def files(folder: Path, kind: str, name: str = NAME, **sizes: Any) -> tuple[str, str]:
@@ -103,7 +87,7 @@ def test_other_classes_too(comfyui, run_node, name):
     )
 
 
-@pytest.mark.parametrize("degrees", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("degrees", METHODS.values(), ids=METHODS.keys())
 def test_every_method_is_the_unpacked_model(run_node, wan, degrees):
     packed, unpacked = wan
 
@@ -143,7 +127,7 @@ def test_a_lora_is_added_to_the_unpacked_weights(comfyui, run_node, wan, method)
         change[f"diffusion_model.{module}.lora_up.weight"] = torch.randn(out, 4, generator=generator) * 0.1
         change[f"diffusion_model.{module}.lora_down.weight"] = torch.randn(4, width, generator=generator)
     save_file(change, comfyui.models / "loras" / "gguf_lora.safetensors")
-    ours, theirs = load(run_node, wan[0], **LAYOUTS.get(method, {})), stock(run_node, wan[1])
+    ours, theirs = load(run_node, wan[0], **METHODS.get(method, {})), stock(run_node, wan[1])
     before, outputs = call(ours), []
     for model in (ours, theirs):
         (patched,) = run_node(
@@ -160,7 +144,7 @@ def test_a_lora_is_added_to_the_unpacked_weights(comfyui, run_node, wan, method)
     assert torch.equal(call(ours), before), "and off again"
 
 
-@pytest.mark.parametrize("degrees", [{}, LAYOUTS["cfg"]], ids=["one", "two"])
+@pytest.mark.parametrize("degrees", [{}, METHODS["cfg"]], ids=["one", "two"])
 def test_they_take_a_packed_model_s_memory(comfyui, run_node, wan, degrees):
     """Blocks as they are in the file, and the other weights in the dtype they are computed in."""
     ours = load(run_node, wan[0], **degrees)
@@ -175,7 +159,7 @@ def test_they_take_a_packed_model_s_memory(comfyui, run_node, wan, degrees):
 
 
 def test_sharded_they_take_a_part_of_it(run_node, wan):
-    whole, degrees = {}, LAYOUTS["sharded"]
+    whole, degrees = {}, METHODS["sharded"]
     for name in wan:
         call(load(run_node, name, **degrees))
         models = worker_group(layout(**degrees)).call(Status()).value["models"]
@@ -240,7 +224,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(comfyui, run_node, wan):
     with torch.inference_mode(False):
         gguf_files.write(folder / "lacking.gguf", tensors, gguf_files.packed_as("Q8_0"))
 
-    for degrees in ({}, LAYOUTS["sharded"]):
+    for degrees in ({}, METHODS["sharded"]):
         with pytest.raises(InvalidInput, match=r"lacks the tensor blocks\.1\.ffn\.0\.weight"):
             load(run_node, "lacking.gguf", **degrees)
 

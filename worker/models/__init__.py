@@ -17,7 +17,6 @@ from worker.models.controlnet import CONTROLNETS, ControlNetFamily
 from worker.models.flux.family import Flux
 from worker.models.folders.classes import CLASSES, of_folder
 from worker.models.ip_adapter import IMAGE_OUTPUTS, Acting, IPAdapter
-from worker.models.pixart import PixArtSigma
 from worker.models.sd3.family import SD3
 
 __all__ = [
@@ -34,7 +33,7 @@ __all__ = [
     "to_whole_patches",
 ]
 
-FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux(), PixArtSigma())
+FAMILIES: tuple[ModelFamily, ...] = (SD3(), Flux())
 NAMES = (*(family.name for family in FAMILIES), *(f"{row.name} (folders)" for row in CLASSES.values()))
 
 

@@ -21,6 +21,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from comfy_xdit.comfy_types.model.detection import read_header, transformer_files
 from comfy_xdit.comfy_types.model.twin import emptied
 from comfy_xdit.protocol.description import LatentSpace, ModelDescription, PromptPart
+from comfy_xdit.protocol.errors import InvalidInput
 from comfy_xdit.protocol.outline import META
 
 NO_TRANSFORMER = {"disable_unet_model_creation": True}  # of ComfyUI's BaseModel: one is put in its place
@@ -123,7 +124,12 @@ class DescribedModel(comfy.model_base.BaseModel):
         given = kwargs.get(IMAGE)
         if given is None:
             return result
-        given = given if given.ndim == noise.ndim else given.unsqueeze(2)  # a picture is a frame
+        given = given.unsqueeze(2) if given.ndim == 4 < noise.ndim else given  # a picture is a frame
+        if given.ndim != noise.ndim or given.shape[1] != self._beside:
+            raise InvalidInput(
+                f"{IMAGE} is {tuple(given.shape)}, but this model takes {self._beside} channels beside its "
+                f"latent {tuple(noise.shape)}; encode the picture with the VAE of the model's own folder."
+            )
         sides = noise.shape[-1], noise.shape[-2]
         given = comfy.utils.common_upscale(given.to(device), *sides, "bilinear", "center")
         given = comfy.utils.resize_to_batch_size(self.process_latent_in(given), noise.shape[0])
