@@ -346,7 +346,7 @@ def test_a_table_where_the_prediction_is_wrong_fails():
 def test_the_command_prints_candidates_and_the_pick(capsys):
     assert cli.main(["plan", "--devices", "8 x L40 PCIe", "--pipefusion", "--steps", "28"]) == cli.DONE
     printed = capsys.readouterr().out
-    assert "4096 + 512 tokens, 1 rows, 28 steps, 16 bits, on 8 x L40" in printed
+    assert "4096 + 512 tokens, 1 row, 28 steps, 16 bits, on 8 x L40" in printed
     assert "<- pick" in printed and "not exact" in printed and "one rank" in printed
     assert "auto never takes it" in printed
 

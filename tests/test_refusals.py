@@ -45,7 +45,9 @@ def test_layouts(layout: ParallelConfig, words: str):
 
 
 def test_a_device_named_twice():
-    with pytest.raises(InvalidInput, match="device cuda:0 is named twice; each rank needs its own"):
+    with pytest.raises(
+        InvalidInput, match="device cuda:0 is named twice, and each rank needs its own; name it once"
+    ):
         parse_devices("0, cuda:0", ("cuda:0", "cuda:1"))
 
 

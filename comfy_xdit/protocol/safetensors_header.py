@@ -21,7 +21,7 @@ MAX_NAME = 1_000  # characters
 MAX_DIMS = 16
 MAX_DIGITS = 19  # of an integer: 64 bits
 MAX_INTEGERS = 10 * MAX_TENSORS  # sizes and places
-MAX_LISTS = 20 * MAX_TENSORS  # two of each tensor, and brackets in what trainers note in __metadata__
+MAX_NOTED = 2 * MAX_TENSORS  # brackets beside two of each tensor: in what trainers note in __metadata__
 MAX_EMPTY = 1 << 24  # product of the other sizes of a tensor that has no element: no file bounds it
 SUFFIXES = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".pt", ".pt2", ".pth", ".pkl", ".bin")
@@ -71,7 +71,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                     f"{file.name} has {count:,} tensors, at most {MAX_TENSORS:,} are read; choose a file of "
                     "one model, or a folder of several files."
                 )
-            entries = _entries(text)
+            entries = _entries(text, 2 * count + MAX_NOTED)
             tensors = {name: _tensor(name, entry, 8 + length) for name, entry in entries.items()}
             _check_places(tensors, 8 + length, size)
         except ValueError as error:
@@ -115,12 +115,12 @@ def _length(start: bytes, size: int) -> int:
     return length
 
 
-def _entries(text: bytes) -> dict[str, Any]:
-    """The header's JSON, without what it says about the file as a whole."""
+def _entries(text: bytes, lists: int) -> dict[str, Any]:
+    """The header's JSON, of at most so many lists, without what it says about the file as a whole."""
     if not text.startswith(b"{"):
         raise ValueError("its header is no JSON object")
-    if text.count(b"[") > MAX_LISTS:
-        raise ValueError(f"its header has more than {MAX_LISTS:,} lists, the most that are read")
+    if text.count(b"[") > lists:
+        raise ValueError(f"its header has more than {lists:,} lists, the most that are read")
     limits = _Limits()
     try:
         header = json.loads(

@@ -100,6 +100,9 @@ class Parts:
     def __init__(self, ranks: int, rank: int):
         self.ranks, self.rank = ranks, rank
         self._of: dict[str, Part] = {}
+        # Of sequences, until a stream is brought anew: every block of a call asks for the same.
+        self._sizes: dict[str, list[int]] = {}
+        self._true: dict[str, bool] = {}
 
     def __getitem__(self, stream: str) -> Part:
         return self._of[stream]
@@ -129,25 +132,35 @@ class Parts:
                 "of which needs a row; draw a larger picture, or use fewer ranks for one sequence"
             )
         first, stop = span or (0, length)
+        self._sizes.clear()
+        self._true.clear()
         self._of[stream] = Part(length, first, Shard(stop - first, self.ranks, unit), self.rank)
 
     def sizes(self, streams: str) -> list[int]:
         """How many true tokens of a sequence every rank has."""
-        return added_up(self._of[name] for name in streams.split())
+        if streams not in self._sizes:
+            self._sizes[streams] = added_up(self._of[name] for name in streams.split())
+        return self._sizes[streams]
+
+    def all_true(self, streams: str) -> bool:
+        """Whether this rank has tokens of every stream, so that no token stands in for none."""
+        if streams not in self._true:
+            self._true[streams] = all(self._of[name].true for name in streams.split())
+        return self._true[streams]
 
     def true(self, tensor: torch.Tensor, streams: str, dim: int) -> torch.Tensor:
         """Without the token that stands in for none."""
-        parts = [self._of[name] for name in streams.split()]
-        if all(part.true for part in parts):
+        if self.all_true(streams):
             return tensor
+        parts = [self._of[name] for name in streams.split()]
         pieces = tensor.split([part.size for part in parts], dim)
         return torch.cat([p.narrow(dim, 0, part.true) for p, part in zip(pieces, parts, strict=True)], dim)
 
     def held(self, tensor: torch.Tensor, streams: str, dim: int) -> torch.Tensor:
         """With zeros for the tokens that `true` left out."""
-        parts = [self._of[name] for name in streams.split()]
-        if all(part.true for part in parts):
+        if self.all_true(streams):
             return tensor
+        parts = [self._of[name] for name in streams.split()]
         pieces = tensor.split([part.true for part in parts], dim)
         shape = list(tensor.shape)
         shape[dim] = 1

@@ -106,9 +106,10 @@ class ModuleAttention:
         queries, keys = self._parts(attend.query, query), self._parts(attend.keys, key)
         query = self._true(query, attend.query, queries)
         key, value = (self._true(tensor, attend.keys, keys) for tensor in (key, value))
-        sizes = [added_up(parts) for parts in (queries, keys)]
         if attend.counted:
             sizes = self._counted(query, key)
+        else:
+            sizes = [self._sizes(attend.query, queries), self._sizes(attend.keys, keys)]
         self._check(attend, sizes, query, key)
         if exchange.deaf:
             return self._held(local(query, key, value, None), attend.query, queries)
@@ -158,6 +159,10 @@ class ModuleAttention:
         length = tensor.shape[2] - known
         rest = Part(length, 0, Shard(length, mesh.ranks), mesh.rank)
         return [rest if name == WHOLE else parts[name] for name in names]
+
+    def _sizes(self, streams: str, parts: list[Part]) -> list[int]:
+        """How many tokens of a sequence every rank brings to the exchange."""
+        return added_up(parts) if WHOLE in streams.split() else self._exchange.parts.sizes(streams)
 
     def _kept(self, streams: str, keys: list[Part], device: torch.device) -> Kept | None:
         """Keys and values of other calls, which this call's attention sees too."""
