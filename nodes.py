@@ -46,12 +46,9 @@ def _answer_on_the_server() -> None:
 bind(_surroundings)
 
 NODES = (
-    XDiTParallelConfig, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE, XDiTLoraLoader,
-    XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply, XDiTSampler,
-    XDiTVAEDecode, XDiTClassLabel, XDiTStatus,
     XDiTParallelConfig, XDiTLoadCheckpoint, XDiTLoadPipeline, XDiTLoadDiffusionModel, XDiTLoadVAE,
     XDiTLoraLoader, XDiTControlNetLoader, XDiTControlNetApply, XDiTIPAdapterLoader, XDiTIPAdapterApply,
-    XDiTSampler, XDiTVAEDecode, XDiTStatus,
+    XDiTSampler, XDiTVAEDecode, XDiTClassLabel, XDiTStatus,
 )  # fmt: skip
 for _node in NODES:
     _node.CATEGORY = "xDiT"

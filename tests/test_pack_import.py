@@ -77,3 +77,9 @@ def test_every_node_has_a_help_page(pack):
         lines = (ROOT / "web" / "docs" / f"{name}.md").read_text().splitlines()
         assert lines[0] == f"# {title}"
         assert len(lines) >= 10
+
+
+def test_no_node_is_listed_twice():
+    import nodes
+
+    assert len(nodes.NODES) == len(set(nodes.NODES)) == len(nodes.NODE_CLASS_MAPPINGS)
