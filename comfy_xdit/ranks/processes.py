@@ -19,7 +19,7 @@ from comfy_xdit.ranks.output import Output, Shortening
 from comfy_xdit.ranks.template import Forked, fork
 
 KILL_SECONDS = 5.0
-ENDING = "ZX"  # states of /proc/<pid>/stat
+NOT_UP = "ZXT"  # states of /proc/<pid>/stat: ended, or stopped
 STACK_SECONDS = 2.5  # for all ranks to write where they are
 STACK_POLL_SECONDS = 0.02
 # How the stack of a main thread ends; of more than a hundred frames faulthandler leaves the rest out.
@@ -158,7 +158,7 @@ def _is_up(pid: int) -> bool:
     """Whether a child of this process runs: it has not ended, reaped or not, and is not stopped.
 
     Not `Popen.poll`: while the watcher waits for the child, poll says None of a dead one. Nor waitid alone:
-    it says nothing of one whose threads are still ending.
+    it says nothing of one whose threads are still ending or stopping.
     """
     try:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -166,7 +166,7 @@ def _is_up(pid: int) -> bool:
     except ChildProcessError:
         return False
     with contextlib.suppress(OSError):  # there is no /proc
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ENDING
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in NOT_UP
     return True
 
 
