@@ -53,7 +53,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"comfy_xdit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run a workflow file and write its pictures")
+    _add_run(commands.add_parser("run", help="run a workflow file and write its pictures"))
+
+    demo = commands.add_parser("demo", help="draw a picture on two ranks and on one, and compare them")
+    demo.add_argument("prompt", nargs="?", help="e.g. 'a small red circle on the left on a blue background'")
+    demo.add_argument("--output", type=Path, default=Path("output"), help="folder for pictures (./output)")
+    demo.add_argument("--seed", type=int, default=1)
+    demo.set_defaults(command=_demo)
+
+    _add_plan(commands.add_parser("plan", help="say which layout of ranks is fastest, and why"))
+
+    models = commands.add_parser("models", help="say what a model file is, and which methods it can use")
+    models.add_argument("file", type=Path, help="a .safetensors or .gguf file, or a diffusers folder")
+    models.add_argument(
+        "--comfyui", type=Path, metavar="FOLDER", help="whose classes count; by default the one this is in"
+    )
+    models.set_defaults(command=_models)
+
+    _add_doctor(commands.add_parser("doctor", help="say what this machine has and what is missing"))
+
+    status = commands.add_parser("status", help="say what runs in the ranks of a ComfyUI that runs")
+    status.add_argument("--url", default="http://127.0.0.1:8188", help="where it listens (%(default)s)")
+    status.add_argument("--json", action="store_true", help="all of it as JSON")
+    status.set_defaults(command=_status)
+
+    bench = commands.add_parser("bench", help="time this machine for a minute, for plans that fit it")
+    bench.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot (./output)")
+    bench.add_argument("--seconds", type=float, default=60.0, help="to begin no layout after (60)")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("workflow", type=Path, help="JSON as ComfyUI saves or exports it (UI or API format)")
     run.add_argument(
         "--set",
@@ -72,22 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
-    demo = commands.add_parser("demo", help="draw a picture on two ranks and on one, and compare them")
-    demo.add_argument("prompt", nargs="?", help="e.g. 'a small red circle on the left on a blue background'")
-    demo.add_argument("--output", type=Path, default=Path("output"), help="folder for pictures (./output)")
-    demo.add_argument("--seed", type=int, default=1)
-    demo.set_defaults(command=_demo)
 
-    _add_plan(commands.add_parser("plan", help="say which layout of ranks is fastest, and why"))
-
-    models = commands.add_parser("models", help="say what a model file is, and which methods it can use")
-    models.add_argument("file", type=Path, help="a .safetensors or .gguf file, or a diffusers folder")
-    models.add_argument(
-        "--comfyui", type=Path, metavar="FOLDER", help="whose classes count; by default the one this is in"
-    )
-    models.set_defaults(command=_models)
-
-    doctor = commands.add_parser("doctor", help="say what this machine has and what is missing")
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument(
         "--comfyui", type=Path, metavar="FOLDER", help="the ComfyUI to check; by default the one this is in"
     )
@@ -99,17 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", action="store_true", help="the findings as JSON: level, text, remedy")
     doctor.set_defaults(command=_doctor)
-
-    status = commands.add_parser("status", help="say what runs in the ranks of a ComfyUI that runs")
-    status.add_argument("--url", default="http://127.0.0.1:8188", help="where it listens (%(default)s)")
-    status.add_argument("--json", action="store_true", help="all of it as JSON")
-    status.set_defaults(command=_status)
-
-    bench = commands.add_parser("bench", help="time this machine for a minute, for plans that fit it")
-    bench.add_argument("--output", type=Path, default=Path("output"), help="folder for the plot (./output)")
-    bench.add_argument("--seconds", type=float, default=60.0, help="to begin no layout after (60)")
-    bench.set_defaults(command=_bench)
-    return parser
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:

@@ -22,19 +22,19 @@ def bridge() -> Iterator[Bridge]:
     bridge.close()
 
 
-@settings(
+some = settings(
     max_examples=60, database=None, deadline=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
+
+
+@some
 @given(message=answers, seed=st.integers(0, 2**32))
 def test_what_the_host_hears_is_itself_or_an_error_of_ours(bridge: Bridge, message: Any, seed: int):
     bridge.spoilt(message, to_rank=False, seed=seed, times=TIMES)
 
 
-@settings(
-    max_examples=60, database=None, deadline=None, derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+@some
 @given(message=commands, seed=st.integers(0, 2**32))
 def test_what_a_rank_hears_is_itself_or_an_error_of_ours(bridge: Bridge, message: Any, seed: int):
     bridge.spoilt(message, to_rank=True, seed=seed, times=TIMES)

@@ -150,13 +150,21 @@ def _picture(case: FolderCase) -> tuple[torch.Tensor | None, torch.Tensor | None
     return image, torch.cat([scaled, rest], 2)
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 10, 6), (1, 3, 1, 10, 6), (4, 10, 6)], ids=str)
-def test_a_picture_of_another_vae_is_refused(comfyui, run_node, folders, shape):
+WRONG = {
+    (1, 16, 10, 6): "takes 4 channels beside its latent",
+    (1, 3, 1, 10, 6): "takes 4 channels beside its latent",
+    (4, 10, 6): "takes 4 channels beside its latent",
+    (1, 4, 40, 10, 6): "has 40 latent frames, and the video has ",
+}
+
+
+@pytest.mark.parametrize("shape", WRONG, ids=str)
+def test_a_picture_that_does_not_fit_the_video_is_refused(comfyui, run_node, folders, shape):
     name = "CogVideoX 5B I2V"
     model, case = _model(folders(name)[1], "CFG 2"), FOLDERS[name]
     given, image = case.conditions(2), torch.zeros(shape)
 
-    with pytest.raises(InvalidInput, match=r"concat_latent_image is .* takes 4 channels beside its latent"):
+    with pytest.raises(InvalidInput, match=f"concat_latent_image .*{WRONG[shape]}"):
         run_node(
             "KSampler", model=model, seed=SEED, steps=1, cfg=CFG, sampler_name="euler", scheduler="simple",
             positive=_conditioning(given, 0, image), negative=_conditioning(given, 1, image),

@@ -133,8 +133,12 @@ class DescribedModel(comfy.model_base.BaseModel):
         sides = noise.shape[-1], noise.shape[-2]
         given = comfy.utils.common_upscale(given.to(device), *sides, "bilinear", "center")
         given = comfy.utils.resize_to_batch_size(self.process_latent_in(given), noise.shape[0])
-        part = tuple(slice(min(one, most)) for one, most in zip(given.shape, result.shape, strict=True))
-        result[part] = given[part]
+        if given.shape[2] > result.shape[2]:
+            raise InvalidInput(
+                f"{IMAGE} has {given.shape[2]} latent frames, and the video has {result.shape[2]}; give "
+                "fewer frames, or make the video longer."
+            )
+        result[:, :, : given.shape[2]] = given
         return result
 
 
